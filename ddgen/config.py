@@ -1,0 +1,483 @@
+"""Every setting, once.
+
+A command's settings are one dataclass made of groups; every field is one flag of the same name
+(``train_batch_size`` is ``--train_batch_size``) and one key of a YAML file. Defaults live here and nowhere
+else; ``None`` means "derived", and the text below the field says from what. This module imports no torch, so
+``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import os
+import re
+import sys
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+
+from ddgen.errors import UserError
+
+DatasetName = Literal[
+    "digits", "cifar10", "cifar100", "tinyimagenet", "imagenette", "imagewoof", "imagenet1k", "imagefolder", "parquet"
+]
+Precision = Literal["no", "bf16", "fp16"]
+Sampler = Literal["ddim", "dpmsolver++", "unipc"]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Real images."""
+
+    dataset: DatasetName | None = None
+    """Which dataset; `imagefolder` and `parquet` read your own from --data_dir."""
+    data_dir: str | None = None
+    """Folder, zip or tar that holds the data. Default: the cache, then a download."""
+    image_size: int | None = None
+    """Side of the square images in pixels. Default: the dataset's own (32, 64; 256 for ImageNet and its subsets; 64 for your own)."""
+    classes: str | None = None
+    """Take only these classes: names separated by commas, in this order."""
+    num_classes: int | None = None
+    """Take only the first K classes."""
+    skip_bad_images: bool = False
+    """Go on without unreadable images, counting them per class, instead of stopping."""
+    cache_dir: str | None = None
+    """Where decoded pixels and downloads are kept. Default: $DDGEN_CACHE or ~/.cache/ddgen."""
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """Autoencoder: images to latents and back."""
+
+    vae: str | None = None
+    """Path or hub id of a diffusers autoencoder to use instead of training one."""
+    vae_downsample: int | None = None
+    """Pixels per latent along a side (f). Default: 2 at 32 px, 4 at 64 px, 8 above."""
+    vae_latent_channels: int | None = None
+    """Channels of a latent (d). Default: 4 at 32 px, 8 at 64 px, 4 above."""
+    vae_channels: tuple[int, ...] | None = None
+    """Width of the residual encoder and decoder at each resolution, log2(f)+1 numbers. Default: 32 64 128 ... ."""
+    vae_train_steps: int = 2000
+    """Optimizer steps of the autoencoder; 0 keeps the closed-form patch PCA it starts from."""
+    vae_batch_size: int = 64
+    """Images per step of the autoencoder, over all processes."""
+    vae_learning_rate: float = 5e-4
+    """Peak learning rate of the autoencoder (AdamW, cosine to zero)."""
+    vae_kl_weight: float = 1e-6
+    """Weight of the Kullback-Leibler term on the latents."""
+    vae_perceptual_weight: float = 0.0
+    """Weight of the perceptual term in the observer's features."""
+
+
+@dataclass(frozen=True)
+class DenoiserConfig:
+    """Diffusion model."""
+
+    preset: Literal["xs", "s", "b"] = "s"
+    """Size of the UNet: xs 5M, s 29M, b 102M parameters at 16 x 16 latents."""
+    unet_channels: tuple[int, ...] | None = None
+    """Width at each resolution instead of the preset's."""
+    unet_layers_per_block: int | None = None
+    """Residual blocks per resolution instead of the preset's."""
+    unet_attention_levels: tuple[int, ...] | None = None
+    """Which resolutions have self-attention, 0 the finest, instead of the preset's."""
+    unet_dropout: float = 0.0
+    """Dropout inside the residual blocks."""
+    class_dropout: float = 0.1
+    """Probability of replacing a label by the null class in training, for classifier-free guidance."""
+    prediction_type: Literal["v_prediction", "epsilon"] = "v_prediction"
+    """What the UNet predicts."""
+    timestep_sampling: Literal["logit_normal", "uniform"] = "logit_normal"
+    """How training timesteps are drawn."""
+    logit_mean: float = 0.0
+    """Mean of the logit-normal timestep distribution; larger is noisier."""
+    logit_std: float = 1.0
+    """Standard deviation of the logit-normal timestep distribution."""
+    snr_gamma: float | None = None
+    """Min-SNR loss weighting (5.0 in the paper); off by default."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Training of the diffusion model."""
+
+    train_batch_size: int = 128
+    """Images per optimizer step over all processes and accumulated micro-batches."""
+    max_train_steps: int = 20_000
+    """Optimizer steps."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches that make up one optimizer step."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of AdamW."""
+    lr_warmup_steps: int = 200
+    """Steps of linear warm-up."""
+    lr_decay_fraction: float = 0.4
+    """Last part of training in which the learning rate falls linearly to zero."""
+    adam_weight_decay: float = 0.0
+    """Weight decay of AdamW."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    ema_stds: tuple[float, ...] = (0.05, 0.10)
+    """Relative widths of the power-function averages of the weights; the best by FD becomes the generator."""
+    mixed_precision: Precision | None = None
+    """Autocast precision; weights stay float32. Default: what `accelerate launch` was given, otherwise bf16."""
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    """What is watched while training runs."""
+
+    fid_every: int = 1000
+    """Steps between points of the FID curve; 0 switches it off."""
+    fid_num_images: int = 1000
+    """Generated images per point of the FID curve."""
+    fid_num_inference_steps: int = 20
+    """Sampler steps for the FID curve."""
+    inception_weights: str | None = None
+    """The 2015-12-05 Inception weights as a local file. Without them FD is measured in the observer's features."""
+    sample_every: int | None = None
+    """Steps between sample grids. Default: --fid_every."""
+    log_every: int = 50
+    """Steps between lines of metrics.jsonl."""
+    report_to: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
+    """Tracker that also receives the metrics."""
+
+
+@dataclass(frozen=True)
+class GuidanceConfig:
+    """Sampling of the diffusion model."""
+
+    num_inference_steps: int = 50
+    """Sampler steps."""
+    guidance_scale: float = 1.5
+    """Classifier-free guidance; 1 is none."""
+    guidance_interval: tuple[float, float] = (0.30, 0.85)
+    """Part of the noise levels, 0 clean to 1 noise in the schedule's time, in which guidance acts."""
+    sampler: Sampler = "ddim"
+    """Solver."""
+
+
+@dataclass(frozen=True)
+class ObserverConfig:
+    """Observer: the classifier that ranks and relabels."""
+
+    observer: str | None = None
+    """Folder of a trained observer, or path or hub id of a transformers classifier, instead of training one."""
+    observer_network: str = "convnet3"
+    """convnet<d>, resnet18, or torchvision:<name>."""
+    observer_epochs: int = 30
+    """Epochs on the real training images."""
+    observer_batch_size: int = 128
+    """Images per step."""
+    observer_learning_rate: float = 1e-2
+    """Peak learning rate (SGD with Nesterov momentum, one cycle)."""
+    observer_input_size: int | None = None
+    """Side to which the observer resizes its input. Default: the image size."""
+    observer_holdout: float = 0.1
+    """Part of the training images kept aside to measure its accuracy."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The run."""
+
+    output_dir: str | None = None
+    """Where everything is written. Default: runs/<dataset>."""
+    seed: int = 0
+    """Seed of everything random."""
+    resume_from_checkpoint: str | None = None
+    """`latest`, or the folder of a checkpoint: go on from there."""
+    checkpointing_steps: int = 1000
+    """Steps between checkpoints."""
+    checkpoints_total_limit: int = 2
+    """How many checkpoints are kept."""
+    dry_run: bool = False
+    """Check the settings and the data, say what would happen, and stop."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train the observer, the autoencoder and the diffusion model on real images, with an FID curve."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+    observer: ObserverConfig = field(default_factory=ObserverConfig)
+
+
+@dataclass(frozen=True)
+class TrainObserverConfig:
+    """Train an observer alone."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    observer: ObserverConfig = field(default_factory=ObserverConfig)
+    mixed_precision: Precision | None = None
+    """Autocast precision; weights stay float32. Default: what `accelerate launch` was given, otherwise bf16."""
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Generate candidates, keep the most realistic, relabel them: a distilled dataset."""
+
+    run_dir: str | None = None
+    """A finished training run. Default: the newest under runs/."""
+    ipc: int = 10
+    """Images per class to keep."""
+    candidates_per_image: int = 4
+    """Candidates generated for every image kept."""
+    num_inference_steps: int | None = None
+    """Sampler steps. Default: the run's."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance. Default: the run's."""
+    guidance_interval: tuple[float, float] | None = None
+    """Noise levels in which guidance acts. Default: the run's."""
+    sampler: Sampler | None = None
+    """Solver. Default: the run's."""
+    sample_batch_size: int = 128
+    """Images sampled together; does not change them."""
+    observer: str | None = None
+    """Observer folder or hub id. Default: the run's."""
+    soft_label_temperature: float = 1.0
+    """Temperature of the stored soft labels."""
+    output_dir: str | None = None
+    """Where the distilled dataset goes. Default: <run_dir>/distilled/ipc<ipc>."""
+    overwrite: bool = False
+    """Replace an existing distilled dataset."""
+    keep_pool: bool = False
+    """Keep all candidates, in <run_dir>/pool."""
+    seed: int = 0
+    """Seed of the candidates."""
+    mixed_precision: Precision | None = None
+    """Autocast precision. Default: what `accelerate launch` was given, otherwise bf16."""
+    dry_run: bool = False
+    """Say what would happen and stop."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Train students on a distilled dataset and score them on the real test images, next to baselines."""
+
+    run_dir: str | None = None
+    """The training run whose data, observer and distilled dataset are used. Default: the newest under runs/."""
+    ipc: int | None = None
+    """Which of the run's distilled datasets. Default: the newest."""
+    distilled_dir: str | None = None
+    """A distilled dataset anywhere, instead of the run's."""
+    data: DataConfig = field(default_factory=DataConfig)
+    students: tuple[str, ...] | None = None
+    """Student networks: convnet<d>, resnet18. Default: the observer's, if it is one of these, otherwise convnet3."""
+    protocols: tuple[Literal["rded", "hard"], ...] = ("rded", "hard")
+    """Recipes to train students with."""
+    repeats: int = 3
+    """Students per row, each with its own seed."""
+    epochs: int | None = None
+    """Epochs instead of the protocol's; the report says so."""
+    observer: str | None = None
+    """Teacher of the soft protocol. Default: the run's observer."""
+    output_dir: str | None = None
+    """Where results go. Default: <run_dir>/evaluation/ipc<ipc>."""
+    overwrite: bool = False
+    """Replace existing results."""
+    seed: int = 0
+    """Seed of the students and of the random baselines."""
+    mixed_precision: Precision | None = None
+    """Autocast precision. Default: what `accelerate launch` was given, otherwise bf16."""
+    dry_run: bool = False
+    """Say what would happen and stop."""
+
+
+# ---------------------------------------------------------------------------------------------------------
+# YAML and flags -> dataclass
+
+Config = TypeVar("Config")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which ``no`` is the word and ``3e-4`` is a number (YAML 1.2), and a key stands once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"{key} stands twice")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith((":bool", ":float", ":timestamp", ":int"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9][0-9_]*$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9]*)?)([eE][-+]?[0-9]+)?$"),
+    list("-+0123456789."),
+)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Reads a flat YAML file of settings.
+
+    Raises:
+        UserError: The file is missing, not YAML, or not a mapping.
+    """
+    try:
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror or error}; give the path of a YAML file") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path}: expected lines `setting: value`")
+    return values
+
+
+def settings(kind: type) -> dict[str, tuple[str | None, Any]]:
+    """Returns flag name -> (group field or None, type) of a command's dataclass."""
+    found: dict[str, tuple[str | None, Any]] = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint):
+            for inner, inner_hint in typing.get_type_hints(hint).items():
+                found[inner] = (name, inner_hint)
+        else:
+            found[name] = (None, hint)
+    return found
+
+
+def to_flat_dict(config: Any) -> dict[str, Any]:
+    """Returns the settings as ``{flag name: value}``, tuples as lists; the inverse of `from_flat_dict`."""
+    flat: dict[str, Any] = {}
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            flat.update(to_flat_dict(value))
+        else:
+            flat[item.name] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def from_flat_dict(kind: type[Config], values: dict[str, Any], source: str) -> Config:
+    """Builds a command's settings from ``{flag name: value}``.
+
+    Args:
+        kind: The command's dataclass.
+        values: Settings as read from YAML.
+        source: What to call the origin of the values in an error, for instance ``--config recipe.yaml``.
+
+    Raises:
+        UserError: An unknown setting, or a value of the wrong type.
+    """
+    known = settings(kind)
+    for name in values:
+        if name not in known:
+            raise UserError(f"{source}: unknown setting {name}{_did_you_mean(str(name), known)}")
+    args: list[str] = []
+    for name, value in values.items():
+        if isinstance(value, bool):
+            args.append(f"--{name}" if value else f"--no_{name}")
+        elif isinstance(value, (list, tuple)):
+            args.extend([f"--{name}", *map(str, value)])
+        else:
+            args.extend([f"--{name}", str(value)])
+    return _cli(kind, args, None, source)
+
+
+def write_yaml(path: Path, config: Any) -> None:
+    """Writes the resolved settings, readable again with ``--config``."""
+    path.write_text(yaml.safe_dump(_float_safe(to_flat_dict(config)), sort_keys=False), encoding="utf-8")
+
+
+def parse(kind: type[Config], argv: list[str] | None, prog: str) -> Config:
+    """Parses flags, over ``--config FILE.yaml``, over the defaults.
+
+    Args:
+        kind: The command's dataclass.
+        argv: Arguments without the program's name; None takes ``sys.argv``.
+        prog: Name shown in ``--help``.
+
+    Raises:
+        UserError: Unknown or wrong settings.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    config_path, args = _take_config(args)
+    _check_flags(kind, args)
+    default = from_flat_dict(kind, read_yaml(config_path), f"--config {config_path}") if config_path else None
+    return _cli(kind, args, default, prog)
+
+
+def _take_config(args: list[str]) -> tuple[str | None, list[str]]:
+    path, rest, index = None, [], 0
+    while index < len(args):
+        if args[index] == "--config":
+            if index + 1 == len(args):
+                raise UserError("--config: give the path of a YAML file")
+            path, index = args[index + 1], index + 2
+        elif args[index].startswith("--config="):
+            path, index = args[index].removeprefix("--config="), index + 1
+        else:
+            rest.append(args[index])
+            index += 1
+    return path, rest
+
+
+def _did_you_mean(name: str, known: typing.Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else "; see --help"
+
+
+def _check_flags(kind: type, args: list[str]) -> None:
+    known = settings(kind)
+    for arg in args:
+        if not arg.startswith("--") or arg == "--help":
+            continue
+        name = arg[2:].split("=")[0].replace("-", "_")
+        if name in known or (name.startswith("no_") and known.get(name[3:], (None, None))[1] is bool):
+            continue
+        raise UserError(f"--{name}: unknown setting{_did_you_mean(name, known)}")
+
+
+def _cli(kind: type[Config], args: list[str], default: Config | None, source: str) -> Config:
+    import tyro
+
+    extra = {} if default is None else {"default": default}
+    captured = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(captured):
+            return tyro.cli(
+                Annotated[kind, tyro.conf.OmitArgPrefixes],  # type: ignore[arg-type]
+                args=args,
+                prog=source,
+                use_underscores=True,
+                **extra,
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise UserError(_one_line(captured.getvalue(), source)) from None
+
+
+def _one_line(report: str, source: str) -> str:
+    """Turns tyro's boxed error into one line."""
+    lines = [re.sub(r"[│╭╮╰╯─]+", " ", line).strip() for line in report.splitlines()]
+    text = " ".join(line for line in lines if line and not line.startswith("For full helptext"))
+    text = re.sub(r"\s+", " ", text).removeprefix("Parsing error").strip()
+    return f"{source}: {text}; see --help"
+
+
+def _float_safe(flat: dict[str, Any]) -> dict[str, Any]:
+    # PyYAML writes 1e-6 as `1.0e-06`, which YAML 1.1 readers take for a float too; infinities are refused earlier.
+    return {name: (os.fspath(value) if isinstance(value, os.PathLike) else value) for name, value in flat.items()}
