@@ -1,0 +1,110 @@
+"""Writing so that nothing half-written is ever taken for a whole: temporary name, sync, rename."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+CHECKPOINT_NAME = re.compile(r"^step-(\d{8})$")
+
+
+@contextlib.contextmanager
+def atomic_dir(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yields a temporary sibling folder that becomes `path` when the block ends without an error.
+
+    Args:
+        path: The folder to create.
+        replace: Put it in the place of an existing folder, which stays whole until the new one is.
+
+    Raises:
+        FileExistsError: `path` exists and `replace` is false.
+    """
+    if path.exists() and not replace:
+        raise FileExistsError(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.tmp-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        _sync_tree(temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if path.exists():
+        old = path.parent / f".{path.name}.old-{os.getpid()}"
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(path, old)
+        os.rename(temporary, path)
+        shutil.rmtree(old)
+    else:
+        os.rename(temporary, path)
+    _sync_path(path.parent)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.tmp-{os.getpid()}"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON whole or not at all; numbers that are not finite are refused."""
+    write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Reads what `write_json` wrote."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def latest_checkpoint(checkpoints_dir: Path) -> Path | None:
+    """Returns the complete checkpoint of the highest step, or None."""
+    found = _checkpoints(checkpoints_dir)
+    return found[-1] if found else None
+
+
+def prune_checkpoints(checkpoints_dir: Path, keep: int) -> None:
+    """Deletes all but the newest `keep` checkpoints; call it after the newest one is complete."""
+    for path in _checkpoints(checkpoints_dir)[: -max(keep, 1)]:
+        shutil.rmtree(path)
+
+
+def checkpoint_dir(checkpoints_dir: Path, step: int) -> Path:
+    """Returns the folder of the checkpoint after `step` optimizer steps."""
+    return checkpoints_dir / f"step-{step:08d}"
+
+
+def _checkpoints(checkpoints_dir: Path) -> list[Path]:
+    if not checkpoints_dir.is_dir():
+        return []
+    return sorted(path for path in checkpoints_dir.iterdir() if CHECKPOINT_NAME.match(path.name))
+
+
+def _sync_tree(root: Path) -> None:
+    for folder, _, files in os.walk(root):
+        for name in files:
+            _sync_path(Path(folder) / name)
+        _sync_path(Path(folder))
+
+
+def _sync_path(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
