@@ -1,0 +1,1 @@
+"""Students, protocols and distances: how good a distilled dataset and a generator are."""

@@ -1,0 +1,1 @@
+"""The classifier that ranks and relabels: networks, training, realism."""
