@@ -24,7 +24,7 @@ def to_pil(pixels: torch.Tensor, scale: int = 1) -> Image.Image:
 
 
 def enlargement(side: int, wanted: int) -> int:
-    """Returns the whole factor that brings `side` pixels nearest to, and not below, `wanted`; 1 if it is larger already."""
+    """Returns the smallest whole factor that brings `side` pixels to at least `wanted`."""
     return max(1, math.ceil(wanted / side))
 
 

@@ -1,0 +1,239 @@
+"""The README.md of a distilled dataset: a card for people, with a header for the hub and for `datasets`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+RESULTS_BEGIN, RESULTS_END = "<!-- results: written by evaluate.py -->", "<!-- end of results -->"
+HUB_LICENCES = ("mit", "apache-2.0", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "openrail")
+NOT_EVALUATED = (
+    "Not evaluated yet; `python evaluate.py --distilled_dir <this folder>` trains students and fills this in."
+)
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card tells.
+
+    Attributes:
+        provenance: See `DistilledDataset`.
+        class_names: In label order.
+        folder_names: Folder of each class under ``train/``.
+        images_per_class: Smallest and largest number of images of a class.
+        num_images: All images.
+        image_size: Height and width.
+        probability: Mean probability the observer gives to an image's class.
+        agreement: Part of the images whose most probable class is their label, 0..1.
+        num_bytes: What is stored -> bytes.
+    """
+
+    provenance: Mapping[str, Any]
+    class_names: Sequence[str]
+    folder_names: Sequence[str]
+    images_per_class: tuple[int, int]
+    num_images: int
+    image_size: tuple[int, int]
+    probability: float
+    agreement: float
+    num_bytes: Mapping[str, int]
+
+
+def render_card(facts: CardFacts) -> str:
+    """Writes the card: YAML header, what it is, how to load it, results, recipe, bytes, classes, licence, command."""
+    sections = [
+        _header(facts) + "\n" + _introduction(facts),
+        _loading(facts),
+        "## Results\n\n" + _results_block(NOT_EVALUATED),
+        _recipe(facts),
+        _bytes(facts),
+        _classes(facts),
+        _licence(facts),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def with_results(card: str, results: Mapping[str, Any]) -> str:
+    """Puts results into a card, in the place of earlier ones.
+
+    Args:
+        card: A card as `render_card` wrote it, edited by hand or not.
+        results: `rows`, a list of mappings with `images`, `protocol`, `student`, `mean`, `std` (fractions 0..1) and
+            `repeats`, and optionally `best_mean`; and `note`, optional text below the table.
+    """
+    block = _results_block(_results_table(results))
+    before, begin, rest = card.partition(RESULTS_BEGIN)
+    _, end, after = rest.partition(RESULTS_END)
+    if begin and end:
+        return before + block + after
+    return card.rstrip() + "\n\n## Results\n\n" + block + "\n"
+
+
+def human_bytes(count: int) -> str:
+    """Writes a number of bytes the way people read it: 1.2 MB is 1,200,000 bytes."""
+    size = float(count)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000 or unit == "GB":
+            return f"{count} bytes" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1000
+    raise AssertionError("unreachable")
+
+
+def _header(facts: CardFacts) -> str:
+    count = facts.num_images
+    sizes = [(1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M")]
+    header = {
+        "pretty_name": f"{_source(facts)}, distilled to {_per_class(facts)} images per class",
+        **_hub_licence(str(facts.provenance.get("licence") or "")),
+        "task_categories": ["image-classification"],
+        "size_categories": [next((name for limit, name in sizes if count < limit), "1M<n<10M")],
+        "tags": ["dataset-distillation", "synthetic", "ddgen"],
+        "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*.parquet"}]}],
+    }
+    return f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True, width=1000)}---\n"
+
+
+def _hub_licence(licence: str) -> dict[str, str]:
+    if not licence or licence.lower().startswith("unknown"):
+        return {"license": "unknown"}
+    if licence.lower() in HUB_LICENCES:
+        return {"license": licence.lower()}
+    return {"license": "other", "license_details": licence}
+
+
+def _introduction(facts: CardFacts) -> str:
+    height, width = facts.image_size
+    real = facts.provenance.get("num_source_images")
+    stand_in = f" They stand in for {real:,} real ones." if real else ""
+    return "\n".join(
+        [
+            f"# {_source(facts)}, distilled to {_per_class(facts)} images per class",
+            "",
+            f"**{facts.num_images:,} generated images** of {len(facts.class_names):,} "
+            f"{'class' if len(facts.class_names) == 1 else 'classes'}, {width} x {height} pixels, small enough to "
+            f"train a classifier on in minutes.{stand_in}",
+            "A latent diffusion model trained on the real images generated many candidates; an observer, a classifier "
+            "trained on the same images, kept the most realistic of each class and gave each a soft label.",
+            f"It recognises {facts.agreement:.1%} of the kept images as their class, "
+            f"with {facts.probability:.1%} probability on average.",
+            "",
+            "![Images of the dataset, one class per row](preview.png)",
+        ]
+    )
+
+
+def _loading(facts: CardFacts) -> str:
+    return f"""## How to load it
+
+With [datasets](https://github.com/huggingface/datasets), from inside this folder (elsewhere give its path):
+
+```python
+from datasets import load_dataset
+
+dataset = load_dataset(".", split="train")
+example = dataset[0]  # image, label, soft_label ({len(facts.class_names)} probabilities), realism, seed, index
+```
+
+With torchvision; row `i` of the soft labels belongs to image `i`:
+
+```python
+from safetensors.torch import load_file
+from torchvision.datasets import ImageFolder
+
+images = ImageFolder("train")
+soft_labels = load_file("soft_labels.safetensors")["soft_labels"]  # float16 (n, k), rows sum to 1
+image, label = images[0]
+soft_label = soft_labels[0].float()
+```
+
+`realism` is the observer's loss, -log p(class): lower is more realistic. `seed` and `index` name the candidate: with
+them the generator makes the same image again. `manifest.json` holds the sha256 of every file."""
+
+
+def _recipe(facts: CardFacts) -> str:
+    rows = facts.provenance.get("recipe") or {}
+    lines = [f"| {_cell(name)} | {_cell(_value(value))} |" for name, value in rows.items()]
+    table = "\n".join(["| setting | value |", "|---|---|", *lines]) if lines else "Not recorded."
+    command = facts.provenance.get("command") or "not recorded"
+    return f"## Recipe\n\n{table}\n\nMade with\n\n```\n{command}\n```"
+
+
+def _bytes(facts: CardFacts) -> str:
+    lines = [f"| {name} | {human_bytes(count)} | {count:,} |" for name, count in facts.num_bytes.items()]
+    return "\n".join(["## Size", "", "| stored | size | bytes |", "|---|--:|--:|", *lines])
+
+
+def _classes(facts: CardFacts) -> str:
+    named = list(zip(facts.class_names, facts.folder_names, strict=True))
+    if all(name == folder for name, folder in named):
+        text = ", ".join(f"{label} {_inline(name)}" for label, (name, _) in enumerate(named))
+    else:
+        text = ", ".join(f"{label} {_inline(name)} in {_inline(folder)}" for label, (name, folder) in enumerate(named))
+    if len(named) > 30:
+        text = f"<details><summary>All {len(named):,} classes</summary>\n\n{text}\n\n</details>"
+    return f"## Classes\n\n{text}\n\nNumbers are the labels; `class_names.json` lists the names in that order."
+
+
+def _licence(facts: CardFacts) -> str:
+    licence = facts.provenance.get("licence") or "unknown"
+    return (
+        f"## Licence\n\nThe images come from a model that was trained on {_source(facts)}. Licence of that source: "
+        f"{licence}. Generated images can resemble real ones: treat them as derived from the source."
+    )
+
+
+def _results_block(text: str) -> str:
+    return f"{RESULTS_BEGIN}\n{text}\n{RESULTS_END}"
+
+
+def _results_table(results: Mapping[str, Any]) -> str:
+    rows = list(results["rows"])
+    with_best = any(row.get("best_mean") is not None for row in rows)
+    head = [
+        "trained on",
+        "labels and recipe",
+        "student",
+        "accuracy %",
+        *(["best epoch %"] if with_best else []),
+        "repeats",
+    ]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * 3 + "--:|" * (len(head) - 3)]
+    for row in rows:
+        cells = [row["images"], row["protocol"], row["student"], _accuracy(row["mean"], row.get("std"))]
+        if with_best:
+            cells.append(_accuracy(row.get("best_mean"), None))
+        lines.append("| " + " | ".join(_cell(str(cell)) for cell in [*cells, row["repeats"]]) + " |")
+    text = "Top-1 accuracy on the real test images, after the last epoch.\n\n" + "\n".join(lines)
+    return f"{text}\n\n{results['note']}" if results.get("note") else text
+
+
+def _accuracy(mean: float | None, std: float | None) -> str:
+    if mean is None:
+        return ""
+    return f"{100 * mean:.1f}" + (f" ± {100 * std:.1f}" if std is not None else "")
+
+
+def _source(facts: CardFacts) -> str:
+    return str(facts.provenance.get("dataset") or "An image dataset")
+
+
+def _per_class(facts: CardFacts) -> str:
+    low, high = facts.images_per_class
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value))
+    return "" if value is None else str(value)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _inline(name: str) -> str:
+    return "`" + name.replace("`", "'") + "`"
