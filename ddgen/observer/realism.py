@@ -1,0 +1,120 @@
+"""Realism: how readily the observer sees the class an image was made for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ddgen.data import ImageDataset
+from ddgen.data.classes import check_class_order
+from ddgen.errors import UserError
+from ddgen.observer.observer import Observer, predict_pixels
+from ddgen.seeds import numpy_generator
+
+
+@dataclass(frozen=True)
+class RealismScores:
+    """What the observer says of n images.
+
+    Attributes:
+        loss: float32 (n,), cross-entropy of the true class; lower is more realistic.
+        predicted: int64 (n,), the class it names.
+        logits: float32 (n, k).
+    """
+
+    loss: Tensor
+    predicted: Tensor
+    logits: Tensor
+
+
+def realism_losses(
+    observer: Observer, pixels: Tensor, labels: Tensor, *, batch_size: int, device: torch.device, precision: str
+) -> RealismScores:
+    """Scores images by RDED's realism (Sun et al., CVPR 2024, section 3.3): ``-log softmax(logits)[y]``.
+
+    Args:
+        observer: Moved to `device`.
+        pixels: uint8 (n, 3, h, w).
+        labels: int64 (n,), the classes the images were made for.
+        batch_size: Images per forward pass.
+        device: Where to compute.
+        precision: See `ddgen.precision`.
+
+    Raises:
+        UserError: Logits that are not finite.
+    """
+    logits = predict_pixels(
+        observer, pixels, what="logits", batch_size=batch_size, device=device, precision=precision
+    )
+    if not bool(logits.isfinite().all()):
+        raise UserError(f"--mixed_precision {precision}: the observer's logits are not finite; use bf16 or no")
+    labels = labels.cpu()
+    # log_softmax in float32, not log(softmax): the latter is infinite where the probability underflows.
+    loss = -logits.log_softmax(dim=1).gather(1, labels[:, None])[:, 0]
+    return RealismScores(loss=loss, predicted=logits.argmax(dim=1), logits=logits)
+
+
+def measure_accuracy(
+    observer: Observer,
+    dataset: ImageDataset,
+    *,
+    indices: Tensor | None = None,
+    batch_size: int = 256,
+    device: torch.device,
+    precision: str,
+) -> float:
+    """Returns the top-1 fraction on real images.
+
+    Args:
+        observer: Moved to `device`.
+        dataset: Real images with the observer's classes.
+        indices: int64 (m,), which images; all when None.
+        batch_size: Images per forward pass.
+        device: Where to compute.
+        precision: See `ddgen.precision`.
+    """
+    chosen = torch.arange(len(dataset)) if indices is None else indices
+    hits = 0
+    for part in chosen.split(batch_size):
+        logits = predict_pixels(
+            observer, dataset.pixels[part], what="logits", batch_size=batch_size, device=device, precision=precision
+        )
+        hits += int((logits.argmax(dim=1) == dataset.labels[part]).sum())
+    return hits / max(1, len(chosen))
+
+
+def random_subset(dataset: ImageDataset, count: int, seed: int) -> Tensor:
+    """Returns `count` image indices (all when there are fewer), sorted, the same for the same seed."""
+    order = numpy_generator(seed, "observer-subset").permutation(len(dataset))[:count]
+    return torch.from_numpy(order).sort().values
+
+
+def check_observer(observer: Observer, dataset_classes: Sequence[str], *, min_ratio: float = 2.0) -> None:
+    """Refuses an observer that knows other classes, or that is hardly better than guessing on real images.
+
+    The bar is `min_ratio` times chance, but never more than a quarter of the way from chance to perfect,
+    so that two or three classes have one that can be passed.
+
+    Args:
+        observer: Its `accuracy` must have been measured (`measure_accuracy`).
+        dataset_classes: Class names of the images to be scored, in label order.
+        min_ratio: Accuracy in multiples of chance that is asked for.
+
+    Raises:
+        UserError: Another class order, or accuracy near chance.
+    """
+    check_class_order(
+        dataset_classes, observer.class_names, expected_name="the dataset", found_name=f"--observer {observer.network}"
+    )
+    if observer.accuracy is None:
+        raise ValueError("check_observer: observer.accuracy is None; measure_accuracy first")
+    chance = 1 / len(observer.class_names)
+    bar = min(min_ratio * chance, chance + (1 - chance) / 4)
+    if observer.accuracy < bar:
+        raise UserError(
+            f"--observer {observer.network}: accuracy {observer.accuracy:.1%} on real held-out images, chance is "
+            f"{chance:.1%}; most likely its class order differs from the dataset's, or it needs more --observer_epochs"
+        )
