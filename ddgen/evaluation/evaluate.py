@@ -1,0 +1,339 @@
+"""Evaluation: the same recipes on a distilled dataset and on the baselines that it has to beat."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from ddgen.checkpoint import read_json, write_json
+from ddgen.data import ImageDataset
+from ddgen.data.classes import check_class_order
+from ddgen.distill.dataset import DistilledDataset
+from ddgen.errors import UserError
+from ddgen.evaluation.baselines import random_real
+from ddgen.evaluation.protocols import Protocol, get_protocol
+from ddgen.evaluation.report import Results, Row, draw_accuracy, write_results
+from ddgen.evaluation.students import StudentResult, train_student
+from ddgen.observer.networks import build_network
+from ddgen.observer.observer import Observer, predict_pixels
+from ddgen.seeds import derive
+
+CELL_FORMAT = 1  # raise it when the same settings would give another number
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Images for the students of one row; `draw(repeat)` returns pixels (n, 3, s, s) and labels (n,)."""
+
+    name: str
+    draw: Callable[[int], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """What all cells share."""
+
+    test: ImageDataset
+    observer: Observer | None
+    num_classes: int
+    ipc: int
+    epochs: int | None
+    repeats: int
+    seed: int
+    device: torch.device
+    precision: str
+    cells_dir: Path
+    progress: bool
+
+
+def evaluate(
+    distilled: DistilledDataset,
+    train: ImageDataset,
+    test: ImageDataset,
+    *,
+    observer: Observer | None,
+    students: Sequence[str],
+    protocols: Sequence[str],
+    repeats: int,
+    epochs: int | None,
+    seed: int,
+    device: torch.device,
+    precision: str,
+    output_dir: Path,
+    random_generated: tuple[Tensor, Tensor] | None = None,
+    progress: bool = True,
+) -> Results:
+    """Trains students on the distilled images and on the baselines, and scores them on the real test images.
+
+    Every finished student is kept in ``output_dir/cells``, so an interrupted evaluation goes on where it stopped.
+    Row for row, repeat r starts from the same weights, so rows differ by their images.
+
+    Args:
+        distilled: The dataset to judge.
+        train: Real training images, from which random real ones are drawn, anew for every repeat.
+        test: Real test images.
+        observer: Teacher of soft protocols.
+        students: Names of networks.
+        protocols: Names of protocols.
+        repeats: Students per row.
+        epochs: Instead of the protocols' own.
+        seed: Of students and random draws.
+        device: Where students train.
+        precision: "no", "bf16" or "fp16".
+        output_dir: Receives results.json, accuracy.png and cells/.
+        random_generated: Generated images that nobody selected: pixels uint8 (n, 3, s, s), labels (n,).
+        progress: Show a bar per row.
+
+    Returns:
+        The rows, written to ``output_dir`` too.
+
+    Raises:
+        UserError: Artefacts whose classes or sizes do not match, or settings that cannot be honoured; before any training.
+    """
+    recipes = [get_protocol(name) for name in protocols]
+    ipc = _check(distilled, train, test, observer, recipes, students, repeats, epochs, random_generated)
+    sources = [_Source("distilled", lambda repeat: (distilled.pixels, distilled.labels))]
+    if random_generated is not None:
+        generated = random_generated
+        sources.append(_Source("random generated", lambda repeat: generated))
+    sources.append(_Source("random real", lambda repeat: random_real(train, ipc, derive(seed, "repeat", repeat))))
+    sources[-1].draw(0)  # a class too small is found now
+    setting = _Setting(
+        test, observer, len(distilled.class_names), ipc, epochs, repeats, seed, device, precision,
+        output_dir / "cells", progress,
+    )  # fmt: skip
+    image_bytes = {source.name: png_bytes(source.draw(0)[0]) for source in sources}
+    teacher_accuracy = _teacher_accuracy(setting)
+    rows = [
+        _row(source, recipe, student, setting, image_bytes[source.name])
+        for student in students
+        for recipe in recipes
+        for source in sources
+    ]
+    results = Results(
+        rows=tuple(rows),
+        dataset=test.name,
+        num_classes=setting.num_classes,
+        num_test=len(test),
+        image_size=test.image_size,
+        ipc=ipc,
+        repeats=repeats,
+        seed=seed,
+        epochs_override=epochs,
+        teacher=None if observer is None else observer.network,
+        teacher_accuracy=teacher_accuracy,
+        precision=precision,
+        device=device.type,
+    )
+    write_results(results, output_dir / "results.json")
+    draw_accuracy(results, output_dir / "accuracy.png")
+    return results
+
+
+def png_bytes(pixels: Tensor) -> int:
+    """Returns what images uint8 (n, 3, h, w) take as PNG files, one each."""
+    total = 0
+    for image in pixels:
+        buffer = io.BytesIO()
+        Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy())).save(buffer, format="PNG")
+        total += buffer.tell()
+    return total
+
+
+def _check(
+    distilled: DistilledDataset,
+    train: ImageDataset,
+    test: ImageDataset,
+    observer: Observer | None,
+    recipes: Sequence[Protocol],
+    students: Sequence[str],
+    repeats: int,
+    epochs: int | None,
+    random_generated: tuple[Tensor, Tensor] | None,
+) -> int:
+    """Refuses what cannot be evaluated, before any training; returns the images per class."""
+    names = distilled.class_names
+    for found, title in ((train, "training images"), (test, "test images")):
+        check_class_order(
+            names, found.class_names, expected_name="the distilled dataset", found_name=f"the {title} of {found.name}"
+        )
+    if observer is not None:
+        check_class_order(
+            names, observer.class_names, expected_name="the distilled dataset", found_name="the observer"
+        )
+    elif any(recipe.labels == "soft" for recipe in recipes):
+        raise UserError("--protocols rded: soft labels need a teacher; give --observer")
+    if not recipes:
+        raise UserError("--protocols: empty; name rded, hard or both")
+    if not students:
+        raise UserError("--students: empty; name a network, for instance convnet3")
+    if repeats < 1:
+        raise UserError(f"--repeats {repeats}: must be at least 1")
+    if epochs is not None and epochs < 1:
+        raise UserError(f"--epochs {epochs}: must be at least 1")
+    _check_sizes(distilled, train, test, random_generated)
+    for student in students:
+        for recipe in recipes:
+            build_network(student, len(names), test.image_size, norm=recipe.norm, setting="--students")
+    return _images_per_class(distilled.labels, len(names), "the distilled dataset")
+
+
+def _check_sizes(
+    distilled: DistilledDataset,
+    train: ImageDataset,
+    test: ImageDataset,
+    random_generated: tuple[Tensor, Tensor] | None,
+) -> None:
+    size = distilled.pixels.shape[-1]
+    for found in (train, test):
+        if found.image_size != size:
+            raise UserError(
+                f"--image_size {found.image_size}: the distilled images have {size} px, the {found.split} images of "
+                f"{found.name} {found.image_size}; set --image_size {size}"
+            )
+    if random_generated is not None and random_generated[0].shape != distilled.pixels.shape:
+        raise UserError(
+            f"random generated images {tuple(random_generated[0].shape)} and distilled images "
+            f"{tuple(distilled.pixels.shape)} differ in number or size; sample both with the same settings"
+        )
+
+
+def _images_per_class(labels: Tensor, num_classes: int, title: str) -> int:
+    counts = torch.bincount(labels, minlength=num_classes)
+    if len(counts) != num_classes or int(counts.min()) != int(counts.max()):
+        raise UserError(f"{title} has {int(counts.min())} to {int(counts.max())} images per class; expected equally many")
+    return int(counts[0])
+
+
+def _teacher_accuracy(setting: _Setting) -> float | None:
+    if setting.observer is None:
+        return None
+    logits = predict_pixels(
+        setting.observer, setting.test.pixels, what="logits", batch_size=256,
+        device=setting.device, precision=setting.precision,
+    )  # fmt: skip
+    return float((logits.argmax(1) == setting.test.labels).float().mean())
+
+
+def _row(source: _Source, recipe: Protocol, student: str, setting: _Setting, image_bytes: int) -> Row:
+    results = []
+    num_epochs = recipe.epochs(setting.ipc) if setting.epochs is None else setting.epochs
+    with tqdm(
+        total=setting.repeats * num_epochs,
+        desc=f"{source.name:<16} {recipe.name:<4} {student}",
+        unit="epoch",
+        disable=not setting.progress,
+        dynamic_ncols=True,
+        bar_format="{desc} |{bar:20}| {percentage:3.0f}% [{elapsed}<{remaining}] {postfix}",
+    ) as bar:
+        for repeat in range(setting.repeats):
+            results.append(_cell(source, recipe, student, repeat, setting, bar))
+            scores = [100 * result.accuracy_last for result in results]
+            bar.set_postfix_str(f"last epoch {' '.join(f'{score:.1f}' for score in scores)}")
+    return Row(
+        images=source.name,
+        protocol=recipe.name,
+        student=student,
+        epochs=num_epochs,
+        scores=tuple(result.accuracy_last for result in results),
+        best_scores=tuple(result.accuracy_best for result in results),
+        image_bytes=image_bytes,
+        label_bytes=_label_bytes(recipe, setting),
+        seconds=sum(result.seconds for result in results),
+    )
+
+
+def _label_bytes(recipe: Protocol, setting: _Setting) -> int:
+    """Bytes that the recipe needs beside the images: the teacher's weights, or whole bytes per class number."""
+    if recipe.labels == "soft" and setting.observer is not None:
+        return sum(value.numel() * value.element_size() for value in setting.observer.state_dict().values())
+    bytes_per_label = max(1, ((setting.num_classes - 1).bit_length() + 7) // 8)
+    return setting.num_classes * setting.ipc * bytes_per_label
+
+
+def _cell(
+    source: _Source, recipe: Protocol, student: str, repeat: int, setting: _Setting, bar: tqdm[Any]
+) -> StudentResult:
+    """Trains one student, or takes the number of the same student trained before."""
+    images, labels = source.draw(repeat)
+    key = _cell_key(images, labels, recipe, student, repeat, setting)
+    path = setting.cells_dir / f"{_digest(json.dumps(key, sort_keys=True).encode())}.json"
+    done = _read_cell(path)
+    if done is not None:
+        bar.update(done.epochs)
+        return done
+
+    def on_epoch(epochs_done: int, accuracy: float | None) -> None:
+        bar.update(1)
+        if accuracy is not None:
+            bar.set_postfix_str(f"student {repeat + 1}/{setting.repeats} at {100 * accuracy:.1f}")
+
+    result = train_student(
+        student,
+        recipe,
+        images,
+        labels,
+        num_classes=setting.num_classes,
+        ipc=setting.ipc,
+        test=setting.test,
+        teacher=setting.observer,
+        device=setting.device,
+        precision=setting.precision,
+        seed=derive(setting.seed, "repeat", repeat),
+        epochs=setting.epochs,
+        on_epoch=on_epoch,
+    )
+    write_json(path, {"key": key, "images": source.name, "result": dataclasses.asdict(result)})
+    return result
+
+
+def _cell_key(
+    images: Tensor, labels: Tensor, recipe: Protocol, student: str, repeat: int, setting: _Setting
+) -> dict[str, Any]:
+    """Everything that the number of a cell depends on."""
+    observer = setting.observer if recipe.labels == "soft" else None
+    return {
+        "format": CELL_FORMAT,
+        "images": _digest(*_bytes_of(images), *_bytes_of(labels)),
+        "protocol": repr(recipe),
+        "student": student,
+        "epochs": recipe.epochs(setting.ipc) if setting.epochs is None else setting.epochs,
+        "seed": setting.seed,
+        "repeat": repeat,
+        "test": setting.test.fingerprint,
+        "teacher": None if observer is None else observer.fingerprint,
+        "precision": setting.precision,
+        "device": setting.device.type,
+    }
+
+
+def _bytes_of(tensor: Tensor) -> Iterator[bytes]:
+    yield repr((tuple(tensor.shape), tensor.dtype)).encode()
+    yield tensor.contiguous().numpy().tobytes()
+
+
+def _digest(*parts: bytes) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _read_cell(path: Path) -> StudentResult | None:
+    if not path.exists():
+        return None
+    values = read_json(path)["result"]
+    values["curve"] = tuple((epoch, accuracy) for epoch, accuracy in values["curve"])
+    return StudentResult(**values)
