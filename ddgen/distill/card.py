@@ -128,12 +128,12 @@ def _introduction(facts: CardFacts) -> str:
 def _loading(facts: CardFacts) -> str:
     return f"""## How to load it
 
-With [datasets](https://github.com/huggingface/datasets), from inside this folder (elsewhere give its path):
+With [datasets](https://github.com/huggingface/datasets):
 
 ```python
 from datasets import load_dataset
 
-dataset = load_dataset(".", split="train")
+dataset = load_dataset("path/to/this/folder", split="train")
 example = dataset[0]  # image, label, soft_label ({len(facts.class_names)} probabilities), realism, seed, index
 ```
 
@@ -143,8 +143,9 @@ With torchvision; row `i` of the soft labels belongs to image `i`:
 from safetensors.torch import load_file
 from torchvision.datasets import ImageFolder
 
-images = ImageFolder("train")
-soft_labels = load_file("soft_labels.safetensors")["soft_labels"]  # float16 (n, k), rows sum to 1
+folder = "path/to/this/folder"
+images = ImageFolder(f"{folder}/train")
+soft_labels = load_file(f"{folder}/soft_labels.safetensors")["soft_labels"]  # float16 (n, k), rows sum to 1
 image, label = images[0]
 soft_label = soft_labels[0].float()
 ```
@@ -186,7 +187,7 @@ def _licence(facts: CardFacts) -> str:
 
 
 def _results_block(text: str) -> str:
-    return f"{RESULTS_BEGIN}\n{text}\n{RESULTS_END}"
+    return f"{RESULTS_BEGIN}\n\n{text}\n\n{RESULTS_END}"
 
 
 def _results_table(results: Mapping[str, Any]) -> str:

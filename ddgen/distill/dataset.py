@@ -181,8 +181,11 @@ class DistilledDataset:
 
     def _preview_png(self) -> bytes:
         title = f"{self.provenance.get('dataset') or 'Distilled dataset'}: {self.ipc} generated images per class"
-        picture = draw_preview(self.pixels, self.labels, self.realism, self.class_names, title)
+        picture = draw_preview(self.pixels, self.labels, self.realism, self._recognised(), self.class_names, title)
         return _png_bytes(picture)
+
+    def _recognised(self) -> torch.Tensor:
+        return self.soft_labels.float().argmax(1) == self.labels
 
     def _facts(self, root: Path, folders: Sequence[str]) -> CardFacts:
         per_class = self.labels.bincount(minlength=len(self.class_names))
@@ -194,7 +197,7 @@ class DistilledDataset:
             num_images=len(self),
             image_size=(self.pixels.shape[2], self.pixels.shape[3]),
             probability=float(torch.exp(-self.realism.double()).mean()),
-            agreement=float((self.soft_labels.float().argmax(1) == self.labels).double().mean()),
+            agreement=float(self._recognised().double().mean()),
             num_bytes={
                 "images (PNG, lossless)": self.image_bytes,
                 "soft labels (float16)": self.soft_label_bytes,

@@ -21,7 +21,12 @@ INK, GREY, RED, PAPER = (32, 32, 36), (110, 110, 118), (190, 40, 40), (255, 255,
 
 
 def draw_preview(
-    pixels: torch.Tensor, labels: torch.Tensor, realism: torch.Tensor, class_names: Sequence[str], title: str
+    pixels: torch.Tensor,
+    labels: torch.Tensor,
+    realism: torch.Tensor,
+    recognised: torch.Tensor,
+    class_names: Sequence[str],
+    title: str,
 ) -> Image.Image:
     """Draws the first images of every class, or of evenly chosen classes when there are many.
 
@@ -29,6 +34,7 @@ def draw_preview(
         pixels: uint8 (n, 3, h, w).
         labels: int64 (n,).
         realism: Realism loss -log p(class), float32 (n,).
+        recognised: Whether the observer finds its class the most probable, bool (n,).
         class_names: Names of the k classes.
         title: First line of the picture.
     """
@@ -56,17 +62,15 @@ def draw_preview(
             picture.paste(thumbnails[r][c], (x, y))
             probability = float(torch.exp(-realism[i].double()))
             centre = (x + width // 2, y + height + CAPTION_HEIGHT // 2 + 1)
-            draw.text(centre, percent(probability), GREY if probability >= 0.5 else RED, _font(13), anchor="mm")
+            draw.text(centre, percent(probability), GREY if recognised[i] else RED, _font(13), anchor="mm")
     return picture
 
 
 def percent(probability: float) -> str:
-    """Writes a probability in whole percent without rounding a doubt away: 0.999 is not 100 %."""
+    """Writes a probability in whole percent, without rounding a doubt away: 0.998 is not 100%."""
     if 0 < probability < 0.01:
-        return "<1 %"
-    if 0.99 < probability < 0.9995:
-        return f"{min(probability, 0.999):.1%}".replace("%", " %")
-    return f"{probability:.0%}".replace("%", " %")
+        return "<1%"
+    return f"{probability:.1%}" if 0.99 < probability < 0.9995 else f"{probability:.0%}"
 
 
 def _thumbnail(pixels: torch.Tensor) -> Image.Image:
@@ -90,7 +94,7 @@ def _subtitle(rows: int, num_classes: int, columns: int, ipc: int) -> str:
         parts.append(f"{rows} of {num_classes} classes, evenly chosen")
     if columns < ipc:
         parts.append(f"the first {columns} of {ipc} images of each")
-    parts.append("below each image: the probability the observer gives to its class (red: under one half)")
+    parts.append("below each image: the probability the observer gives to its class (red: it favours another)")
     text = "; ".join(parts)
     return text[0].upper() + text[1:]
 
