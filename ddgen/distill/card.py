@@ -144,8 +144,8 @@ from safetensors.torch import load_file
 from torchvision.datasets import ImageFolder
 
 folder = "path/to/this/folder"
-images = ImageFolder(f"{folder}/train")
-soft_labels = load_file(f"{folder}/soft_labels.safetensors")["soft_labels"]  # float16 (n, k), rows sum to 1
+images = ImageFolder(folder + "/train")
+soft_labels = load_file(folder + "/soft_labels.safetensors")["soft_labels"]  # float16 (n, k), rows sum to 1
 image, label = images[0]
 soft_label = soft_labels[0].float()
 ```
