@@ -455,19 +455,28 @@ def test_a_licence_the_hub_does_not_know_is_spelled_out(tmp_path: Path) -> None:
 def test_results_are_put_into_the_card_once(tmp_path: Path) -> None:
     out = tmp_path / "out"
     make_distilled().save(out)
-    row = {"images": "distilled", "protocol": "rded", "student": "convnet3", "std": 0.004, "repeats": 3}
-    update_results(out, {"rows": [row | {"mean": 0.5}]})
-    update_results(out, {"rows": [row | {"mean": 0.9127, "best_mean": 0.92}, row | {"mean": 0.1, "std": None}]})
+    row = {"images": "distilled", "protocol": "rded", "student": "convnet3", "epochs": 300, "best_epoch_mean": 0.92}
+    pair = row | {"scores": (0.91, 0.9154), "mean": 0.9127, "std": 0.004}
+    single = row | {"images": "random real", "scores": (0.1,), "mean": 0.1, "std": None}
+    update_results(out, {"rows": [row | {"scores": (0.5,), "mean": 0.5, "std": None}]})
+    teacher = {"teacher": "convnet3", "teacher_accuracy": 0.985}
+    update_results(out, {"rows": [pair, single], "num_test": 1797, "seed": 4, "epochs_override": 7} | teacher)
     text = (out / "README.md").read_text(encoding="utf-8")
-    assert "| distilled | rded | convnet3 | 91.3 ± 0.4 | 92.0 | 3 |" in text
-    assert "| distilled | rded | convnet3 | 10.0 |  | 3 |" in text
+    for expected in (
+        "on the 1,797 real test images; mean ± standard deviation of 2 students, seed 4.",
+        "| distilled | rded | convnet3 | 300 | 91.3 ± 0.4 | (92.0) |",
+        "| random real | rded | convnet3 | 300 | 10.0 | (92.0) |",
+        "`--epochs 7`: not comparable",
+        "a convnet3, itself 98.5 on",
+    ):
+        assert expected in text
     assert text.count("## Results") == 1
     assert "Not evaluated" not in text
     assert "50.0" not in text
     assert read_manifest(out)["files"]["README.md"]["bytes"] == len(text.encode())
 
     (out / "README.md").write_text("# My own words\n", encoding="utf-8")
-    update_results(out, {"rows": [row | {"mean": 0.5}]})
+    update_results(out, {"rows": [single]})
     assert (out / "README.md").read_text(encoding="utf-8").startswith("# My own words\n\n## Results\n")
     DistilledDataset.load(out)
 

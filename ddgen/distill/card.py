@@ -61,8 +61,9 @@ def with_results(card: str, results: Mapping[str, Any]) -> str:
 
     Args:
         card: A card as `render_card` wrote it, edited by hand or not.
-        results: `rows`, a list of mappings with `images`, `protocol`, `student`, `mean`, `std` (fractions 0..1) and
-            `repeats`, and optionally `best_mean`; and `note`, optional text below the table.
+        results: The contents of results.json. Needed: `rows`, mappings with `images`, `protocol`, `student`, `epochs`,
+            `scores` (one fraction 0..1 per student), `mean`, `std` (or None) and `best_epoch_mean`. Told when there:
+            `num_test`, `seed`, `teacher`, `teacher_accuracy`, `epochs_override`.
     """
     block = _results_block(_results_table(results))
     before, begin, rest = card.partition(RESULTS_BEGIN)
@@ -191,30 +192,31 @@ def _results_block(text: str) -> str:
 
 
 def _results_table(results: Mapping[str, Any]) -> str:
-    rows = list(results["rows"])
-    with_best = any(row.get("best_mean") is not None for row in rows)
-    head = [
-        "trained on",
-        "labels and recipe",
-        "student",
-        "accuracy %",
-        *(["best epoch %"] if with_best else []),
-        "repeats",
-    ]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * 3 + "--:|" * (len(head) - 3)]
-    for row in rows:
-        cells = [row["images"], row["protocol"], row["student"], _accuracy(row["mean"], row.get("std"))]
-        if with_best:
-            cells.append(_accuracy(row.get("best_mean"), None))
-        lines.append("| " + " | ".join(_cell(str(cell)) for cell in [*cells, row["repeats"]]) + " |")
-    text = "Top-1 accuracy on the real test images, after the last epoch.\n\n" + "\n".join(lines)
-    return f"{text}\n\n{results['note']}" if results.get("note") else text
+    lines = ["| images | protocol | student | epochs | accuracy | best epoch |", "|---|---|---|--:|--:|--:|"]
+    for row in results["rows"]:
+        spread = "" if row["std"] is None else f" ± {100 * row['std']:.1f}"
+        score = f"{100 * row['mean']:.1f}{spread}"
+        names = " | ".join(_cell(str(row[key])) for key in ("images", "protocol", "student", "epochs"))
+        lines.append(f"| {names} | {score} | ({100 * row['best_epoch_mean']:.1f}) |")
+    return "\n".join([_results_heading(results), "", *lines, "", *_results_notes(results)])
 
 
-def _accuracy(mean: float | None, std: float | None) -> str:
-    if mean is None:
-        return ""
-    return f"{100 * mean:.1f}" + (f" ± {100 * std:.1f}" if std is not None else "")
+def _results_heading(results: Mapping[str, Any]) -> str:
+    tested = f"the {results['num_test']:,} real test images" if results.get("num_test") else "the real test images"
+    students = max(len(row["scores"]) for row in results["rows"])
+    repeated = f"; mean ± standard deviation of {students} students" if students > 1 else "; one student a row"
+    seed = f", seed {results['seed']}" if results.get("seed") is not None else ""
+    return f"Top-1 accuracy in percent on {tested}{repeated}{seed}."
+
+
+def _results_notes(results: Mapping[str, Any]) -> list[str]:
+    notes = ["The score is the last epoch's; the best epoch is chosen on the test set and is no score."]
+    if results.get("epochs_override") is not None:
+        notes.append(f"Trained with `--epochs {results['epochs_override']}`: not comparable with published numbers.")
+    if results.get("teacher") and results.get("teacher_accuracy") is not None:
+        accuracy = 100 * results["teacher_accuracy"]
+        notes.append(f"Soft labels are those of a {results['teacher']}, itself {accuracy:.1f} on the same test images.")
+    return notes
 
 
 def _source(facts: CardFacts) -> str:
