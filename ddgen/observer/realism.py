@@ -46,9 +46,7 @@ def realism_losses(
     Raises:
         UserError: Logits that are not finite.
     """
-    logits = predict_pixels(
-        observer, pixels, what="logits", batch_size=batch_size, device=device, precision=precision
-    )
+    logits = predict_pixels(observer, pixels, what="logits", batch_size=batch_size, device=device, precision=precision)
     if not bool(logits.isfinite().all()):
         raise UserError(f"--mixed_precision {precision}: the observer's logits are not finite; use bf16 or no")
     labels = labels.cpu()

@@ -267,9 +267,7 @@ def _step(
     scaler: torch.amp.GradScaler,
     step: int,
 ) -> Tensor:
-    positions = batch_indices(
-        run.seed, "observer-order", step * run.batch_size, run.batch_size, len(run.train_indices)
-    )
+    positions = batch_indices(run.seed, "observer-order", step * run.batch_size, run.batch_size, len(run.train_indices))
     indices = run.train_indices[torch.from_numpy(positions)]
     batch = augment(pixels, indices, torch_generator(run.seed, "observer-augment", step), flip=run.flip)
     images = batch.to(run.device).float().div_(255)
