@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
-import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from ddgen.checkpoint import read_json, write_json
 from ddgen.data import ImageDataset
 from ddgen.data.classes import check_class_order
-from ddgen.distill.dataset import DistilledDataset
+from ddgen.distill.dataset import DistilledDataset, encode_png
 from ddgen.errors import UserError
 from ddgen.evaluation.baselines import random_real
 from ddgen.evaluation.protocols import Protocol, get_protocol
 from ddgen.evaluation.report import Results, Row, draw_accuracy, write_results
 from ddgen.evaluation.students import StudentResult, train_student
 from ddgen.observer.networks import build_network
-from ddgen.observer.observer import Observer, predict_pixels
+from ddgen.observer.observer import Observer
+from ddgen.observer.realism import check_observer, measure_accuracy
 from ddgen.seeds import derive
 
 CELL_FORMAT = 1  # raise it when the same settings would give another number
@@ -143,13 +142,8 @@ def evaluate(
 
 
 def png_bytes(pixels: Tensor) -> int:
-    """Returns what images uint8 (n, 3, h, w) take as PNG files, one each."""
-    total = 0
-    for image in pixels:
-        buffer = io.BytesIO()
-        Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy())).save(buffer, format="PNG")
-        total += buffer.tell()
-    return total
+    """Returns what images uint8 (n, 3, h, w) take as PNG files, one each, written as the distilled folder's are."""
+    return sum(len(encode_png(image)) for image in pixels)
 
 
 def _check(
@@ -218,13 +212,15 @@ def _images_per_class(labels: Tensor, num_classes: int, title: str) -> int:
 
 
 def _teacher_accuracy(setting: _Setting) -> float | None:
+    """Measures the observer on the real test images, and refuses one that is near chance there."""
     if setting.observer is None:
         return None
-    logits = predict_pixels(
-        setting.observer, setting.test.pixels, what="logits", batch_size=256,
-        device=setting.device, precision=setting.precision,
-    )  # fmt: skip
-    return float((logits.argmax(1) == setting.test.labels).float().mean())
+    measured = copy.copy(setting.observer)
+    measured.accuracy = measure_accuracy(
+        setting.observer, setting.test, device=setting.device, precision=setting.precision
+    )
+    check_observer(measured, setting.test.class_names)
+    return measured.accuracy
 
 
 def _row(source: _Source, recipe: Protocol, student: str, setting: _Setting, image_bytes: int) -> Row:

@@ -185,7 +185,7 @@ def _heading(results: Results) -> list[str]:
 def _notes(results: Results) -> list[str]:
     protocols = list(dict.fromkeys(row.protocol for row in results.rows))
     notes = [f"{name}: {get_protocol(name).title}" for name in protocols]
-    notes.append("The score is the last epoch's. The best epoch is chosen on the test set: not a score.")
+    notes.append("The score is the last epoch's. The best epoch, of at most ten scored, is chosen on the test set: not a score.")
     if results.epochs_override is not None:
         own = ", ".join(f"{get_protocol(name).epochs(results.ipc)} of {name}" for name in protocols)
         notes.append(

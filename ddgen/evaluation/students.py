@@ -32,7 +32,7 @@ from ddgen.seeds import derive, numpy_generator
 # RDED normalises every dataset with ImageNet's mean and standard deviation; so does every protocol here.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
-NUM_SCORINGS = 10
+MIN_SCORINGS, MAX_SCORINGS = 4, 10
 _AHEAD_PIXELS = 512 * 32 * 32  # so many pixels of mixed images go through the teacher together
 _TEST_PIXELS = 512 * 32 * 32
 
@@ -139,6 +139,7 @@ def train_student(
     dataset = test.name
     batch_size = min(len(images), protocol.batch_size(ipc, num_classes, dataset=dataset, network=network))
     peak = protocol.peak_learning_rate(dataset=dataset, network=network)
+    scored = set(scored_epochs(num_epochs, len(images), len(test)))
     curve: list[tuple[int, float]] = []
     train_seconds = 0.0
     started = time.perf_counter()
@@ -165,7 +166,7 @@ def train_student(
                 )
             train_seconds += time.perf_counter() - epoch_started
             accuracy = None
-            if epoch + 1 in scored_epochs(num_epochs):
+            if epoch + 1 in scored:
                 accuracy = score(student, test, protocol, device=device, precision=precision)
                 curve.append((epoch + 1, accuracy))
             if on_epoch is not None:
@@ -180,9 +181,13 @@ def train_student(
     )
 
 
-def scored_epochs(epochs: int) -> list[int]:
-    """Returns after which epochs, counted from 1, the student is scored: ten, evenly spaced, with the last."""
-    count = min(NUM_SCORINGS, epochs)
+def scored_epochs(epochs: int, num_images: int, num_test: int) -> list[int]:
+    """Returns after which epochs, counted from 1, the student is scored: evenly spaced, the last among them.
+
+    Ten of them, or fewer where scoring would take longer than a part of training; never fewer than four.
+    """
+    affordable = epochs * num_images // (2 * num_test)
+    count = min(epochs, max(MIN_SCORINGS, min(MAX_SCORINGS, affordable)))
     return [epochs * (i + 1) // count for i in range(count)]
 
 
