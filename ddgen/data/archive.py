@@ -73,7 +73,8 @@ def unpack(archive: Path, cache_dir: Path) -> Path:
         extract = _unpack_zip if zipfile.is_zipfile(archive) else _unpack_tar
         publish(target, lambda folder: extract(archive, folder, cache_dir))
     except _BROKEN as error:
-        raise UserError(f"--data_dir {archive}: cannot be unpacked ({error}); download it again") from None
+        cause = (str(error) or type(error).__name__).splitlines()[0].rstrip(": ")
+        raise UserError(f"--data_dir {archive}: cannot be unpacked ({cause}); download it again") from None
     return target
 
 

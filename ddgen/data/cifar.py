@@ -107,9 +107,18 @@ class _ArraysOnly(pickle.Unpickler):
             return np.ndarray
         if (module, name) == ("numpy", "dtype"):
             return _dtype
+        if (module, name) == ("_codecs", "encode"):
+            return _encode
         raise pickle.UnpicklingError(f"{module}.{name} has no place in it")
 
 
 def _dtype(code: str, align: int = 0, copy: int = 0) -> np.dtype:
     # CIFAR's files pass 0 and 1 for the two flags, which numpy has deprecated.
     return np.dtype(code, align=bool(align), copy=bool(copy))
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    # How Python 3 writes bytes into a pickle that Python 2 can read.
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"bytes encoded as {encoding} have no place in it")
+    return text.encode("latin1")

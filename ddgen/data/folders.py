@@ -13,7 +13,8 @@ from ddgen.data.source import Item, Source, files_identity
 from ddgen.errors import UserError
 
 IMAGE_SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .bmp .gif .webp .tif .tiff .ppm .pgm .pbm .pnm .jp2 .avif .tga".split()
+    [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"]
+    + [".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif", ".tga"]
 )
 _IGNORED = {"__MACOSX"}
 

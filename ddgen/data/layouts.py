@@ -102,7 +102,7 @@ NAMED = {
     ),
     "imagefolder": Named(
         64, None, _TEST_FIRST, (), "train/<class>/<image>, and test/<class>/<image> if there is one", "unknown"
-    ),  # fmt: skip
+    ),
     "parquet": Named(64, None, _TEST_FIRST, (), f"{_SHARDS} if there is one, columns image and label", "unknown"),
 }
 

@@ -81,6 +81,7 @@ def pack(
             bad = _write(temporary, source, image_size, title, progress)
             if bad and not skip_bad_images:
                 _refuse(bad, source, cache_dir, key)
+            _check_no_class_lost(source, bad)
 
         publish(folder, fill)
     packed = _open(folder)
@@ -96,7 +97,6 @@ def _write(folder: Path, source: Source, image_size: int, title: str, progress: 
         state, bad_rows = _write_pixels(file, source, image_size, title, progress)
     bad = [BadImage(int(source.labels[row]), name, cause) for row, (name, cause) in bad_rows.items()]
     labels = np.delete(source.labels, list(bad_rows))
-    _check_no_class_lost(source, labels, bad)
     np.save(folder / "labels.npy", labels)
     meta = {
         "title": title,
@@ -121,8 +121,8 @@ def _write_pixels(
         for results in decode_all(source.read(np.arange(total)), image_size):
             for result in results:
                 if isinstance(result, np.ndarray):
-                    state.update(result)
-                    file.write(result)
+                    state.update(result.tobytes())
+                    file.write(result.tobytes())
                 else:
                     bad[row] = result
                 row += 1
@@ -202,8 +202,8 @@ def _refuse(bad: list[BadImage], source: Source, cache_dir: Path, key: str) -> N
     shown = "; ".join(f"{item.name} ({item.cause})" for item in bad[:_LISTED])
     more = f"; and {len(bad) - _LISTED} more" if len(bad) > _LISTED else ""
     raise UserError(
-        f"--data_dir {source.where}: {len(bad)} of {len(source.labels)} images cannot be read: {shown}{more}; all are listed in "
-        f"{listing}; repair or remove them, or give --skip_bad_images"
+        f"--data_dir {source.where}: {len(bad)} of {len(source.labels)} images cannot be read: {shown}{more}; "
+        f"all are listed in {listing}; repair or remove them, or give --skip_bad_images"
     )
 
 
@@ -214,8 +214,10 @@ def _count_by_class(bad: list[BadImage], class_names: Sequence[str]) -> dict[str
     return counts
 
 
-def _check_no_class_lost(source: Source, labels: np.ndarray, bad: list[BadImage]) -> None:
-    lost = {item.label for item in bad} - set(labels.tolist())
-    if lost:
-        name = source.class_names[min(lost)]
-        raise UserError(f"--skip_bad_images: no readable image is left of class {name} in {source.where}")
+def _check_no_class_lost(source: Source, bad: list[BadImage]) -> None:
+    left = np.bincount(source.labels, minlength=len(source.class_names))
+    for item in bad:
+        left[item.label] -= 1
+        if not left[item.label]:
+            name = source.class_names[item.label]
+            raise UserError(f"--skip_bad_images: no readable image is left of class {name} in {source.where}")
