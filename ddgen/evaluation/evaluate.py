@@ -164,9 +164,7 @@ def _check(
             names, found.class_names, expected_name="the distilled dataset", found_name=f"the {title} of {found.name}"
         )
     if observer is not None:
-        check_class_order(
-            names, observer.class_names, expected_name="the distilled dataset", found_name="the observer"
-        )
+        check_class_order(names, observer.class_names, expected_name="the distilled dataset", found_name="the observer")
     elif any(recipe.labels == "soft" for recipe in recipes):
         raise UserError("--protocols rded: soft labels need a teacher; give --observer")
     if not recipes:
@@ -207,7 +205,9 @@ def _check_sizes(
 def _images_per_class(labels: Tensor, num_classes: int, title: str) -> int:
     counts = torch.bincount(labels, minlength=num_classes)
     if len(counts) != num_classes or int(counts.min()) != int(counts.max()):
-        raise UserError(f"{title} has {int(counts.min())} to {int(counts.max())} images per class; expected equally many")
+        raise UserError(
+            f"{title} has {int(counts.min())} to {int(counts.max())} images per class; expected equally many"
+        )
     return int(counts[0])
 
 

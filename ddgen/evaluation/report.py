@@ -15,6 +15,7 @@ from ddgen.evaluation.protocols import get_protocol
 IMAGE_SOURCES = ("distilled", "random generated", "random real")
 # Blue, green and grey of a palette that stays apart for colour-blind readers.
 _COLOURS = {"distilled": "#2a6fbb", "random generated": "#63b4a3", "random real": "#a3a7ae"}
+_ON_BAR = {"distilled": "white", "random generated": "#24292f", "random real": "#24292f"}
 _INK, _FAINT = "#24292f", "#d9dce0"
 
 
@@ -185,12 +186,12 @@ def _heading(results: Results) -> list[str]:
 def _notes(results: Results) -> list[str]:
     protocols = list(dict.fromkeys(row.protocol for row in results.rows))
     notes = [f"{name}: {get_protocol(name).title}" for name in protocols]
-    notes.append("The score is the last epoch's. The best epoch, of at most ten scored, is chosen on the test set: not a score.")
+    notes.append(
+        "The score is the last epoch's. The best epoch, of at most ten scored, is chosen on the test set: not a score."
+    )
     if results.epochs_override is not None:
         own = ", ".join(f"{get_protocol(name).epochs(results.ipc)} of {name}" for name in protocols)
-        notes.append(
-            f"* --epochs {results.epochs_override} instead of {own}: not comparable with published numbers."
-        )
+        notes.append(f"* --epochs {results.epochs_override} instead of {own}: not comparable with published numbers.")
     if any(get_protocol(name).labels == "soft" for name in protocols):
         notes.append("Label bytes of soft labels made online are the teacher's weights. Image bytes are PNG files.")
     if results.repeats > 1:
@@ -209,15 +210,18 @@ def draw_accuracy(results: Results, path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     width = 0.8 / len(sources)
+    highest = max([results.teacher_accuracy or 0.0, *(max(row.scores) for row in results.rows)])
+    height = max(1.0, min(103.0, 108 * highest))
     for row in results.rows:
-        center = groups.index((row.protocol, row.student)) + (sources.index(row.images) - (len(sources) - 1) / 2) * width
-        _draw_bar(axes, row, center, 0.9 * width)
+        center = (
+            groups.index((row.protocol, row.student)) + (sources.index(row.images) - (len(sources) - 1) / 2) * width
+        )
+        _draw_bar(axes, row, center, 0.9 * width, height)
     _draw_lines(axes, results, len(groups))
     axes.set_xticks(range(len(groups)), [f"{student}\n{_protocol_label(protocol)}" for protocol, student in groups])
     axes.set_ylabel("top-1 accuracy on real test images (%)")
-    top = max([results.teacher_accuracy or 0.0, *(max(row.scores) for row in results.rows)])
-    axes.set_ylim(0, min(112.0, 100 * top * 1.13 + 4))
-    axes.set_yticks([tick for tick in axes.get_yticks() if tick <= 100])
+    axes.set_ylim(0, height)
+    axes.set_yticks([tick for tick in axes.get_yticks() if tick <= min(100, height)])
     axes.set_title(_figure_title(results), loc="left", fontsize=10.5, color=_INK, pad=26)
     _finish(axes, sources)
     buffer = io.BytesIO()
@@ -226,7 +230,8 @@ def draw_accuracy(results: Results, path: Path) -> None:
 
 
 def _protocol_label(name: str) -> str:
-    return f"{get_protocol(name).labels} labels ({name})"
+    labels = get_protocol(name).labels
+    return f"{labels} labels" if labels == name else f"{labels} labels ({name})"
 
 
 def _figure_title(results: Results) -> str:
@@ -235,16 +240,25 @@ def _figure_title(results: Results) -> str:
     return f"{results.dataset}, {results.ipc} per class{epochs}; last epoch{repeats}"
 
 
-def _draw_bar(axes: Any, row: Row, center: float, width: float) -> None:
+def _draw_bar(axes: Any, row: Row, center: float, width: float, height: float) -> None:
     mean, std = 100 * row.mean, 100 * (row.std or 0.0)
     axes.bar(center, mean, width, color=_COLOURS[row.images], zorder=2)
     if row.std is not None:
         axes.errorbar(center, mean, std, color=_INK, capsize=3, linewidth=1.1, zorder=4)
         spots = [center + width * 0.3 * (i / (len(row.scores) - 1) - 0.5) for i in range(len(row.scores))]
         axes.scatter(spots, [100 * s for s in row.scores], s=9, color="white", edgecolor=_INK, linewidth=0.6, zorder=5)
-    top = max(mean + std, *(100 * score for score in row.scores), 0.0)
+    spread = [mean - std, mean + std, *(100 * score for score in row.scores)]
+    inside = min(spread) > 0.15 * height  # the number stands in the bar, clear of the teacher's line, if it fits
     axes.annotate(
-        f"{mean:.1f}", (center, top), (0, 4), textcoords="offset points", ha="center", fontsize=9, color=_INK, zorder=6
+        f"{mean:.1f}",
+        (center, min(spread) if inside else max(spread)),
+        (0, -6 if inside else 4),
+        textcoords="offset points",
+        ha="center",
+        va="top" if inside else "bottom",
+        fontsize=9.5,
+        color=_ON_BAR[row.images] if inside else _INK,
+        zorder=6,
     )
 
 

@@ -84,7 +84,7 @@ class Student(nn.Module):
         super().__init__()
         fast = uses_channels_last(network, device)
         self.memory_format = torch.channels_last if fast else torch.contiguous_format
-        self.network = network.to(device, memory_format=self.memory_format)
+        self.network = network.to(device).to(memory_format=self.memory_format)
         self.register_buffer("mean", torch.tensor(MEAN, device=device)[:, None, None])
         self.register_buffer("std", torch.tensor(STD, device=device)[:, None, None])
 
@@ -192,9 +192,7 @@ def scored_epochs(epochs: int, num_images: int, num_test: int) -> list[int]:
 
 
 @torch.no_grad()
-def score(
-    student: nn.Module, test: ImageDataset, protocol: Protocol, *, device: torch.device, precision: str
-) -> float:
+def score(student: nn.Module, test: ImageDataset, protocol: Protocol, *, device: torch.device, precision: str) -> float:
     """Returns the student's top-1 accuracy on real images as a fraction; leaves it in training mode."""
     student.eval()
     size = test.pixels.shape[-1]
