@@ -45,10 +45,17 @@ class DataConfig:
     """Take only these classes: names separated by commas, in this order."""
     num_classes: int | None = None
     """Take only the first K classes."""
+    random_flip: bool | None = None
+    """Whether a mirrored image is still of its class, and training may mirror it. Default: yes, but not for digits."""
     skip_bad_images: bool = False
     """Go on without unreadable images, counting them per class, instead of stopping."""
     cache_dir: str | None = None
     """Where decoded pixels and downloads are kept. Default: $DDGEN_CACHE or ~/.cache/ddgen."""
+
+    @property
+    def may_flip(self) -> bool:
+        """Whether training may mirror images."""
+        return self.dataset != "digits" if self.random_flip is None else self.random_flip
 
 
 @dataclass(frozen=True)
@@ -61,8 +68,10 @@ class AutoencoderConfig:
     """Pixels per latent along a side (f). Default: 2 at 32 px, 4 at 64 px, 8 above."""
     vae_latent_channels: int | None = None
     """Channels of a latent (d). Default: 4 at 32 px, 8 at 64 px, 4 above."""
+    vae_patch: int = 1
+    """Pixels per side folded into channels before the residual networks: 1 is AutoencoderKL's layout, f does all its work at the latents' resolution (fast on a CPU)."""
     vae_channels: tuple[int, ...] | None = None
-    """Width of the residual encoder and decoder at each resolution, log2(f)+1 numbers. Default: 32 64 128 ... ."""
+    """Width of the residual encoder and decoder at each resolution, log2(f / patch) + 1 numbers. Default: 64 128 128 ... ."""
     vae_train_steps: int = 2000
     """Optimizer steps of the autoencoder; 0 keeps the closed-form patch PCA it starts from."""
     vae_batch_size: int = 64
@@ -126,7 +135,7 @@ class OptimizerConfig:
     ema_stds: tuple[float, ...] = (0.05, 0.10)
     """Relative widths of the power-function averages of the weights; the best by FD becomes the generator."""
     mixed_precision: Precision | None = None
-    """Autocast precision; weights stay float32. Default: what `accelerate launch` was given, otherwise bf16."""
+    """Autocast precision; weights stay float32. Default: what `accelerate launch` was given, otherwise bf16 where the hardware is fast at it."""
 
 
 @dataclass(frozen=True)
@@ -223,7 +232,7 @@ class TrainObserverConfig:
     data: DataConfig = field(default_factory=DataConfig)
     observer: ObserverConfig = field(default_factory=ObserverConfig)
     mixed_precision: Precision | None = None
-    """Autocast precision; weights stay float32. Default: what `accelerate launch` was given, otherwise bf16."""
+    """Autocast precision; weights stay float32. Default: what `accelerate launch` was given, otherwise bf16 where the hardware is fast at it."""
 
 
 @dataclass(frozen=True)
@@ -259,7 +268,7 @@ class SampleConfig:
     seed: int = 0
     """Seed of the candidates."""
     mixed_precision: Precision | None = None
-    """Autocast precision. Default: what `accelerate launch` was given, otherwise bf16."""
+    """Autocast precision. Default: what `accelerate launch` was given, otherwise bf16 where the hardware is fast at it."""
     dry_run: bool = False
     """Say what would happen and stop."""
 
@@ -292,7 +301,7 @@ class EvaluateConfig:
     seed: int = 0
     """Seed of the students and of the random baselines."""
     mixed_precision: Precision | None = None
-    """Autocast precision. Default: what `accelerate launch` was given, otherwise bf16."""
+    """Autocast precision. Default: what `accelerate launch` was given, otherwise bf16 where the hardware is fast at it."""
     dry_run: bool = False
     """Say what would happen and stop."""
 
@@ -387,7 +396,7 @@ def from_flat_dict(kind: type[Config], values: dict[str, Any], source: str) -> C
             raise UserError(f"{source}: unknown setting {name}{_did_you_mean(str(name), known)}")
     args: list[str] = []
     for name, value in values.items():
-        if isinstance(value, bool):
+        if isinstance(value, bool) and known[name][1] is bool:
             args.append(f"--{name}" if value else f"--no_{name}")
         elif isinstance(value, (list, tuple)):
             args.extend([f"--{name}", *map(str, value)])

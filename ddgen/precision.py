@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from typing import ContextManager
+import os
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -13,19 +14,29 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_precision(requested: str | None, device: torch.device) -> str:
-    """Returns "no", "bf16" or "fp16"; without a request bf16.
+    """Returns "no", "bf16" or "fp16".
+
+    Without a request it is what ``accelerate launch --mixed_precision`` set, otherwise bf16 where the hardware
+    multiplies matrices in it. A CPU without AMX emulates bf16: a UNet trains 2.5 to 3 times slower in it than in float32.
 
     Raises:
         UserError: A format the device computes wrongly or not at all.
     """
-    precision = requested or "bf16"
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    precision = requested or (launched if launched in DTYPES else ("bf16" if _fast_bf16(device) else "no"))
     if precision == "fp16" and device.type == "cpu":
         raise UserError("--mixed_precision fp16: CPUs silently run float32 instead; use bf16 or no")
     return precision
 
 
-def autocast(device: torch.device, precision: str) -> ContextManager[object]:
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
     """Returns the autocast context for a resolved precision; weights stay float32."""
     if precision == "no":
         return contextlib.nullcontext()
     return torch.autocast(device.type, DTYPES[precision])
+
+
+def _fast_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()

@@ -1,0 +1,1 @@
+"""Autoencoder room: images to standardised latents and back."""

@@ -1,0 +1,134 @@
+"""Images to standardised latents and back, through any diffusers autoencoder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ddgen.autoencoder.patch_autoencoder import PatchAutoencoderKL
+from ddgen.checkpoint import atomic_dir, read_json, write_json
+from ddgen.errors import UserError
+from ddgen.precision import autocast
+
+
+@dataclass(frozen=True)
+class Autoencoder:
+    """A diffusers autoencoder and the per-channel statistics of its latents.
+
+    Attributes:
+        vae: Anything with diffusers' ``encode`` and ``decode``; in eval mode, on one device, float32 weights.
+        latents_mean: (d, 1, 1), of the raw latents of the training images.
+        latents_std: (d, 1, 1), likewise.
+        precision: Autocast precision, resolved.
+    """
+
+    vae: nn.Module
+    latents_mean: Tensor
+    latents_std: Tensor
+    precision: str
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.vae.parameters()).device
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Encodes images (b, 3, h, w) in [-1, 1] to the raw mean and standard deviation, float32 (b, d, h', w')."""
+        with torch.inference_mode(), autocast(self.device, self.precision):
+            encoded = self.vae.encode(images.to(self.device))
+        if hasattr(encoded, "latent_dist"):
+            return encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
+        latents = (encoded.latents if hasattr(encoded, "latents") else encoded.latent).float()
+        return latents, torch.zeros_like(latents)
+
+    def standardise(self, raw_latents: Tensor) -> Tensor:
+        """Maps raw latents (..., d, h, w) to mean 0 and standard deviation 1 per channel."""
+        mean, std = self.latents_mean.to(raw_latents.device), self.latents_std.to(raw_latents.device)
+        return (raw_latents - mean) / std
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decodes standardised latents (b, d, h, w) to images, float32 (b, 3, h * f, w * f), clamped to [-1, 1]."""
+        mean, std = self.latents_mean.to(self.device), self.latents_std.to(self.device)
+        with torch.inference_mode(), autocast(self.device, self.precision):
+            images = self.vae.decode(latents.to(self.device) * std + mean).sample
+        return images.float().clamp(-1, 1)
+
+    def with_statistics(self, mean: Tensor, std: Tensor) -> Autoencoder:
+        """Returns this autoencoder with per-channel statistics, (d,) each."""
+        return replace(self, latents_mean=mean.reshape(-1, 1, 1).float(), latents_std=std.reshape(-1, 1, 1).float())
+
+    def fingerprint(self) -> str:
+        """Returns a hash of the weights and of the configuration."""
+        digest = hashlib.sha256(json.dumps(dict(self.vae.config), sort_keys=True, default=str).encode())
+        for name, value in sorted(self.vae.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:32]
+
+
+def to_images(pixels: Tensor) -> Tensor:
+    """Maps pixels, uint8 (..., c, h, w), to images, float32 in [-1, 1]."""
+    return pixels.float().div_(127.5).sub_(1)
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """Maps images in [-1, 1] to pixels, uint8, rounded."""
+    return images.float().add(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def wrap(vae: nn.Module, device: torch.device, precision: str) -> Autoencoder:
+    """Returns an `Autoencoder` in eval mode whose statistics are still 0 and 1."""
+    vae = vae.to(device).eval().requires_grad_(False)
+    return Autoencoder(vae, torch.zeros(1, 1, 1), torch.ones(1, 1, 1), precision)
+
+
+def load_pretrained(path_or_id: str, device: torch.device, precision: str) -> Autoencoder:
+    """Loads a diffusers autoencoder by path or hub id, from safetensors.
+
+    Raises:
+        UserError: There is none, or it is not an autoencoder of images.
+    """
+    import diffusers
+
+    folder = Path(path_or_id)
+    if (folder / "vae" / "config.json").is_file():
+        folder = folder / "vae"
+    try:
+        if folder.is_dir():
+            config: dict[str, Any] = read_json(folder / "config.json")
+        else:
+            config = diffusers.ConfigMixin.load_config(path_or_id)
+        name = config.get("_class_name", "")
+        kind = PatchAutoencoderKL if name == "PatchAutoencoderKL" else getattr(diffusers, name, None)
+        if kind is None or not hasattr(kind, "encode"):
+            raise UserError(f"--vae {path_or_id}: {name or 'unknown class'} is not a diffusers autoencoder")
+        source = str(folder) if folder.is_dir() else path_or_id
+        return wrap(kind.from_pretrained(source, use_safetensors=True), device, precision)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--vae {path_or_id}: {reason}; give a folder with config.json or a hub id") from None
+
+
+def save(autoencoder: Autoencoder, path: Path, **extra: Any) -> None:
+    """Writes the autoencoder, diffusers layout, with its statistics in ``latents.json``; atomic."""
+    with atomic_dir(path) as temporary:
+        autoencoder.vae.save_pretrained(temporary)
+        statistics = {
+            "latents_mean": autoencoder.latents_mean.flatten().tolist(),
+            "latents_std": autoencoder.latents_std.flatten().tolist(),
+        }
+        write_json(temporary / "latents.json", statistics | extra)
+
+
+def load(path: Path, device: torch.device, precision: str) -> Autoencoder:
+    """Loads what `save` wrote."""
+    statistics = read_json(path / "latents.json")
+    autoencoder = load_pretrained(str(path), device, precision)
+    return autoencoder.with_statistics(
+        torch.tensor(statistics["latents_mean"]), torch.tensor(statistics["latents_std"])
+    )

@@ -1,0 +1,167 @@
+"""Trains the autoencoder: patch PCA first, then the residual networks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from ddgen.autoencoder.autoencoder import Autoencoder, to_images, to_pixels, wrap
+from ddgen.autoencoder.patch_autoencoder import PatchAutoencoderKL
+from ddgen.autoencoder.pca import fit_pca
+from ddgen.config import AutoencoderConfig
+from ddgen.errors import UserError
+from ddgen.precision import autocast
+from ddgen.seeds import batch_indices, numpy_generator, torch_generator
+
+PerceptualLoss = Callable[[Tensor, Tensor], Tensor]
+NUM_VALIDATION_IMAGES = 512
+
+
+def default_downsample(image_size: int) -> int:
+    """Returns f: 2 up to 32 px, 4 up to 64 px, 8 above."""
+    return 2 if image_size <= 32 else 4 if image_size <= 64 else 8
+
+
+def build(config: AutoencoderConfig, image_size: int) -> PatchAutoencoderKL:
+    """Builds the untrained autoencoder for images of a size.
+
+    Raises:
+        UserError: Settings that do not fit each other or the image size.
+    """
+    f = config.vae_downsample or default_downsample(image_size)
+    d = config.vae_latent_channels or (8 if 32 < image_size <= 64 else 4)
+    if image_size % f:
+        raise UserError(f"--vae_downsample {f}: does not divide the image size {image_size}; use a power of two that does")
+    if d > 3 * f * f:
+        raise UserError(f"--vae_latent_channels {d}: more than the {3 * f * f} values of a patch; use fewer")
+    if f % config.vae_patch or not math.log2(f // config.vae_patch).is_integer():
+        raise UserError(f"--vae_patch {config.vae_patch}: --vae_downsample {f} must be this times a power of two")
+    levels = int(math.log2(f // config.vae_patch)) + 1
+    channels = config.vae_channels or (64, 128, 128, 128, 128)[:levels]
+    if len(channels) != levels:
+        raise UserError(
+            f"--vae_channels {' '.join(map(str, channels))}: {levels} widths are needed for"
+            f" --vae_downsample {f} with --vae_patch {config.vae_patch}"
+        )
+    if any(width % 16 for width in channels):
+        raise UserError(f"--vae_channels {' '.join(map(str, channels))}: widths must be multiples of 16")
+    return PatchAutoencoderKL(
+        latent_channels=d,
+        downsample=f,
+        patch=config.vae_patch,
+        block_out_channels=tuple(channels) if config.vae_train_steps else (),
+    )
+
+
+def psnr(vae: Autoencoder, pixels: Tensor) -> float:
+    """Returns the peak signal-to-noise ratio in dB of rounded reconstructions of `pixels`, uint8 (n, 3, h, w)."""
+    squared = 0.0
+    for batch in pixels.split(64):
+        mean, _ = vae.encode(to_images(batch))
+        restored = to_pixels(vae.decode(vae.standardise(mean))).cpu()
+        squared += (restored.double() - batch.double()).square().mean((1, 2, 3)).sum().item()
+    return 10 * math.log10(255**2 / max(squared / len(pixels), 1e-12))
+
+
+def train_autoencoder(
+    config: AutoencoderConfig,
+    pixels: Tensor,
+    *,
+    accelerator: Accelerator,
+    precision: str,
+    seed: int,
+    flip: bool,
+    perceptual: PerceptualLoss | None = None,
+) -> tuple[Autoencoder, dict[str, float]]:
+    """Trains an autoencoder on real images.
+
+    The loss is the mean squared error (float32, images in [-1, 1]) plus weighted Kullback-Leibler and perceptual terms,
+    on images and, with `flip`, their mirror images. The weights kept are an exponential average. They never reconstruct held-out images
+    worse than patch PCA does: if training should end below it, the closed form is kept.
+
+    Args:
+        config: Settings.
+        pixels: Real training images, uint8 (n, 3, h, w).
+        accelerator: Device and processes.
+        precision: Autocast precision, resolved.
+        seed: The user's ``--seed``.
+        flip: Train on mirror images too.
+        perceptual: Maps (reconstructions, originals), both (b, 3, h, w) in [-1, 1], to a scalar.
+
+    Returns:
+        The autoencoder, without latent statistics, and {"psnr", "psnr_pca"} in dB on held-out training images.
+    """
+    device = accelerator.device
+    model = build(config, pixels.shape[-1])
+    f, d = model.config.downsample, model.config.latent_channels
+    order = torch.from_numpy(numpy_generator(seed, "autoencoder", "holdout").permutation(len(pixels)))
+    num_validation = min(NUM_VALIDATION_IMAGES, len(pixels) // 10)
+    validation = pixels[order[:num_validation].sort().values]
+    training = order[num_validation:].sort().values
+    model.set_pca(*fit_pca(pixels, f, d, seed=seed))
+    report = {"psnr_pca": psnr(wrap(model, device, precision), validation)}
+    if config.vae_train_steps:
+        start = {name: value.clone() for name, value in model.state_dict().items()}
+        averaged = _fit(model, config, pixels, training, accelerator, precision, seed, flip, perceptual)
+        model.load_state_dict(averaged)
+        report["psnr"] = psnr(wrap(model, device, precision), validation)
+        if report["psnr"] < report["psnr_pca"] and not config.vae_perceptual_weight:
+            accelerator.print(f"autoencoder: training ended below patch PCA ({report['psnr']:.2f} dB); keeping the PCA")
+            model.load_state_dict(start)
+    report["psnr"] = psnr(wrap(model, device, precision), validation)
+    return wrap(model, device, precision), report
+
+
+def _fit(
+    model: PatchAutoencoderKL,
+    config: AutoencoderConfig,
+    pixels: Tensor,
+    training: Tensor,
+    accelerator: Accelerator,
+    precision: str,
+    seed: int,
+    flip: bool,
+    perceptual: PerceptualLoss | None,
+) -> dict[str, Tensor]:
+    device, world = accelerator.device, accelerator.num_processes
+    batch_size, steps = config.vae_batch_size, config.vae_train_steps
+    if batch_size % world:
+        raise UserError(f"--vae_batch_size {batch_size}: must be a multiple of the {world} processes")
+    mine = slice(accelerator.process_index * batch_size // world, (accelerator.process_index + 1) * batch_size // world)
+    model.train().requires_grad_(True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.vae_learning_rate, weight_decay=0.0)
+    ddp, optimizer = accelerator.prepare(model, optimizer)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(min(0.999, 1 - 10 / max(steps, 20))))
+    latent_size = pixels.shape[-1] // model.config.downsample
+    bar = tqdm(range(steps), desc="autoencoder", unit="step", disable=not accelerator.is_main_process)
+    for step in bar:
+        for group in optimizer.param_groups:
+            warm = min(1.0, (step + 1) / 100)
+            group["lr"] = config.vae_learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
+        chosen = training[batch_indices(seed, "autoencoder", step * batch_size, batch_size, len(training))]
+        draws = torch_generator(seed, "autoencoder", "noise", step)
+        mirrored = (torch.rand(batch_size, generator=draws) < 0.5) & flip
+        noise = torch.randn(batch_size, model.config.latent_channels, latent_size, latent_size, generator=draws)
+        images = to_images(pixels[chosen[mine]])
+        images = torch.where(mirrored[mine, None, None, None], images.flip(-1), images).to(device)
+        with autocast(device, precision):
+            restored, posterior = ddp(images, noise[mine].to(device))
+        error = F.mse_loss(restored.float(), images)
+        loss = error + config.vae_kl_weight * posterior.kl().mean()
+        if perceptual is not None and config.vae_perceptual_weight:
+            loss = loss + config.vae_perceptual_weight * perceptual(restored.float(), images)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        average.update_parameters(model)
+        if step % 20 == 0:
+            bar.set_postfix(psnr=f"{10 * math.log10(4 / max(error.item(), 1e-9)):.2f} dB")
+    return average.module.state_dict()

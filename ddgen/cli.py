@@ -1,0 +1,63 @@
+"""Entry points: parse the settings, call the command, turn what went wrong into one line and an exit code.
+
+Heavy libraries are imported after parsing, so ``--help`` and a mistyped flag answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from ddgen.config import EvaluateConfig, SampleConfig, TrainConfig, TrainObserverConfig, parse
+from ddgen.errors import UserError
+
+COMMANDS: dict[str, tuple[type, str]] = {
+    "train": (TrainConfig, "train the observer, the autoencoder and the diffusion model"),
+    "observer": (TrainObserverConfig, "train an observer alone"),
+    "sample": (SampleConfig, "generate candidates, keep the most realistic, relabel: a distilled dataset"),
+    "evaluate": (EvaluateConfig, "score students trained on a distilled dataset on the real test images"),
+}
+
+
+def run(command: str, argv: list[str] | None = None, prog: str | None = None) -> int:
+    """Runs one command and returns its exit code: 0, 2 for a mistake of the user's, 130 or 143 when stopped."""
+    try:
+        config = parse(COMMANDS[command][0], argv, prog or f"ddgen {command}")
+        return _command(command)(config)
+    except UserError as error:
+        return _complain(error)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of ``ddgen`` and ``python -m ddgen``: the first argument names the command."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        print("usage: ddgen COMMAND [settings]   (ddgen COMMAND --help lists the settings)\n")
+        for name, (_, text) in COMMANDS.items():
+            print(f"  {name:<10}{text}")
+        return 0 if args else 2
+    if args[0] not in COMMANDS:
+        return _complain(UserError(f"{args[0]}: unknown command; one of {', '.join(COMMANDS)}"))
+    return run(args[0], args[1:])
+
+
+def _command(name: str) -> Callable[[Any], int]:
+    from ddgen import commands
+
+    return {
+        "train": commands.train,
+        "observer": commands.train_observer_alone,
+        "sample": commands.sample,
+        "evaluate": commands.evaluate,
+    }[name]
+
+
+def _complain(error: UserError) -> int:
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"ddgen: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2

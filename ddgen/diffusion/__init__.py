@@ -1,0 +1,1 @@
+"""Diffusion room: the class-conditional denoiser, its training and its sampler."""

@@ -1,0 +1,87 @@
+"""What the denoiser is trained on: noisy latents, timesteps, targets and weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+
+from ddgen.config import DenoiserConfig
+from ddgen.seeds import torch_generator
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Everything random in one optimizer step, for the whole global batch (b,), on the CPU.
+
+    Attributes:
+        timesteps: int64 (b,).
+        noise: Standard normal (b, d, h, w), added to the latents.
+        posterior_noise: Standard normal (b, d, h, w), draws latents from the encoder's posterior.
+        dropped: bool (b,), whose labels become the null class.
+        mirrored: bool (b,), which images are mirrored.
+    """
+
+    timesteps: Tensor
+    noise: Tensor
+    posterior_noise: Tensor
+    dropped: Tensor
+    mirrored: Tensor
+
+    def part(self, where: slice, device: torch.device) -> Draws:
+        """Returns the draws of some positions, on a device."""
+        return Draws(*(getattr(self, name)[where].to(device, non_blocking=True) for name in self.__dataclass_fields__))
+
+
+def build_scheduler(config: DenoiserConfig) -> DDIMScheduler:
+    """Returns the cosine variance-preserving schedule (Nichol & Dhariwal 2021, eq. 17), 1000 timesteps."""
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type=config.prediction_type,
+        clip_sample=False,
+        set_alpha_to_one=True,
+        timestep_spacing="trailing",
+    )
+
+
+def draw(config: DenoiserConfig, seed: int, step: int, shape: tuple[int, ...], num_timesteps: int) -> Draws:
+    """Draws the randomness of optimizer step `step` for a global batch of latents of `shape` (b, d, h, w)."""
+    source = torch_generator(seed, "diffusion", "step", step)
+    b = shape[0]
+    if config.timestep_sampling == "logit_normal":  # Esser et al. 2024, "Scaling Rectified Flow Transformers", eq. 19
+        level = torch.sigmoid(config.logit_mean + config.logit_std * torch.randn(b, generator=source))
+    else:
+        level = torch.rand(b, generator=source)
+    return Draws(
+        timesteps=(level * num_timesteps).long().clamp_(0, num_timesteps - 1),
+        noise=torch.randn(shape, generator=source),
+        posterior_noise=torch.randn(shape, generator=source),
+        dropped=torch.rand(b, generator=source) < config.class_dropout,
+        mirrored=torch.rand(b, generator=source) < 0.5,
+    )
+
+
+def add_noise(latents: Tensor, noise: Tensor, alpha_cumprod: Tensor) -> Tensor:
+    """Returns alpha x0 + sigma noise in float32; `alpha_cumprod` is (b,)."""
+    a = alpha_cumprod.reshape(-1, 1, 1, 1)
+    return a.sqrt() * latents + (1 - a).sqrt() * noise
+
+
+def target(latents: Tensor, noise: Tensor, alpha_cumprod: Tensor, prediction_type: str) -> Tensor:
+    """Returns what the denoiser should output for ``add_noise(latents, noise, alpha_cumprod)``."""
+    if prediction_type == "epsilon":
+        return noise
+    a = alpha_cumprod.reshape(-1, 1, 1, 1)
+    return a.sqrt() * noise - (1 - a).sqrt() * latents
+
+
+def loss_weights(alpha_cumprod: Tensor, prediction_type: str, snr_gamma: float | None) -> Tensor:
+    """Returns the weight of each sample's loss, (b,): one, or min-SNR (Hang et al. 2023, eq. 8 and its v form)."""
+    if snr_gamma is None:
+        return torch.ones_like(alpha_cumprod)
+    snr = alpha_cumprod / (1 - alpha_cumprod)
+    clipped = snr.clamp(max=snr_gamma)
+    return clipped / (snr + 1) if prediction_type == "v_prediction" else clipped / snr

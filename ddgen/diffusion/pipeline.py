@@ -1,0 +1,260 @@
+"""The sampler and the diffusers pipeline that travels with the weights; imports nothing of ddgen.
+
+    from diffusers import DiffusionPipeline
+    pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
+    images = pipe(class_labels=[0, 1, 2]).images
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, ImagePipelineOutput, UniPCMultistepScheduler
+from torch import Tensor
+
+Denoise = Callable[[Tensor, int], Tensor]
+
+
+def ddim_timesteps(num_train_timesteps: int, num_inference_steps: int) -> list[int]:
+    """Returns "trailing" timesteps, from the noisiest, for any number of steps up to `num_train_timesteps`.
+
+    They are spread evenly and always start at the last training timestep (Lin et al. 2024, "Common Diffusion Noise
+    Schedules and Sample Steps Are Flawed", Table 2).
+    """
+    return [
+        round(num_train_timesteps * (num_inference_steps - i) / num_inference_steps) - 1
+        for i in range(num_inference_steps)
+    ]
+
+
+def to_x0_and_noise(output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: str) -> tuple[Tensor, Tensor]:
+    """Converts a UNet's output at latents `x` = alpha x0 + sigma noise to estimates of x0 and noise.
+
+    Source: Salimans & Ho 2022, "Progressive Distillation", appendix D (v = alpha noise - sigma x0).
+    """
+    if prediction_type == "v_prediction":
+        return alpha * x - sigma * output, sigma * x + alpha * output
+    return (x - sigma * output) / alpha, output
+
+
+def ddim(
+    denoise: Denoise, latents: Tensor, alphas_cumprod: Tensor, num_inference_steps: int, prediction_type: str
+) -> Tensor:
+    """Deterministic DDIM (Song et al. 2021, eq. 12 with eta 0), from noise to the last, noiseless, step.
+
+    Args:
+        denoise: Maps (latents, timestep) to the UNet's output.
+        latents: Standard normal noise, (b, d, h, w).
+        alphas_cumprod: Cumulative alphas of the training schedule, (num_train_timesteps,).
+        num_inference_steps: Steps, 1 to num_train_timesteps.
+        prediction_type: "v_prediction" or "epsilon".
+
+    Returns:
+        Latents, (b, d, h, w).
+    """
+    alphas_cumprod = alphas_cumprod.to(latents.device, torch.float64)
+    timesteps = ddim_timesteps(len(alphas_cumprod), num_inference_steps)
+    for now, after in zip(timesteps, [*timesteps[1:], None], strict=True):
+        alpha, sigma = (v.sqrt().to(latents.dtype) for v in (alphas_cumprod[now], 1 - alphas_cumprod[now]))
+        x0, noise = to_x0_and_noise(denoise(latents, now), latents, alpha, sigma, prediction_type)
+        if after is None:
+            return x0
+        alpha, sigma = (v.sqrt().to(latents.dtype) for v in (alphas_cumprod[after], 1 - alphas_cumprod[after]))
+        latents = alpha * x0 + sigma * noise
+    return latents
+
+
+def guide(
+    unet: torch.nn.Module,
+    class_labels: Tensor,
+    null_label: int,
+    guidance_scale: float,
+    guidance_interval: tuple[float, float],
+    num_train_timesteps: int,
+) -> Denoise:
+    """Returns a denoiser with classifier-free guidance (Ho & Salimans 2022, eq. 6, w = guidance_scale - 1).
+
+    Both branches run in one forward. Outside the interval of noise levels only the conditional one runs
+    (Kynkäänniemi et al. 2024, "Applying Guidance in a Limited Interval").
+
+    Args:
+        unet: Maps (latents, timesteps, class labels) to an output with ``sample``.
+        class_labels: int64 (b,).
+        null_label: Index of the null class.
+        guidance_scale: 1 is no guidance.
+        guidance_interval: Lowest and highest noise level, as timestep / num_train_timesteps, in which to guide.
+        num_train_timesteps: Of the training schedule.
+    """
+    null_labels = torch.full_like(class_labels, null_label)
+    low, high = guidance_interval
+
+    def denoise(latents: Tensor, timestep: int) -> Tensor:
+        level = (timestep + 1) / num_train_timesteps
+        if guidance_scale == 1 or not low <= level <= high:
+            time = torch.full(class_labels.shape, timestep, device=latents.device)
+            return unet(latents, time, class_labels).sample.float()
+        time = torch.full((2 * len(class_labels),), timestep, device=latents.device)
+        both = unet(torch.cat([latents, latents]), time, torch.cat([class_labels, null_labels])).sample.float()
+        conditional, unconditional = both.chunk(2)
+        return unconditional + guidance_scale * (conditional - unconditional)
+
+    return denoise
+
+
+def solve(
+    denoise: Denoise, latents: Tensor, scheduler: object, num_inference_steps: int, sampler: str
+) -> Tensor:
+    """Runs one of the samplers from noise to latents; "ddim", or diffusers' "dpmsolver++" (2M) or "unipc".
+
+    Args:
+        denoise: Maps (latents, timestep) to the UNet's output.
+        latents: Standard normal noise, (b, d, h, w).
+        scheduler: A diffusers scheduler that holds the training schedule.
+        num_inference_steps: Steps.
+        sampler: Name of the solver.
+
+    Raises:
+        ValueError: An unknown solver.
+    """
+    prediction_type = scheduler.config.prediction_type
+    if sampler == "ddim":
+        return ddim(denoise, latents, scheduler.alphas_cumprod, num_inference_steps, prediction_type)
+    kinds = {"dpmsolver++": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}
+    if sampler not in kinds:
+        raise ValueError(f"sampler {sampler}: unknown; one of ddim, {', '.join(kinds)}")
+    solver = kinds[sampler].from_config(
+        {
+            "num_train_timesteps": scheduler.config.num_train_timesteps,
+            "beta_schedule": scheduler.config.beta_schedule,
+            "prediction_type": prediction_type,
+            "timestep_spacing": "trailing",
+            "solver_order": 2,
+            "final_sigmas_type": "zero",
+        }
+    )
+    solver.set_timesteps(num_inference_steps, device=latents.device)
+    for timestep in solver.timesteps:
+        latents = solver.step(denoise(latents, int(timestep)), timestep, latents, return_dict=False)[0]
+    return latents
+
+
+class LatentDiffusionPipeline(DiffusionPipeline):
+    """Class labels in, images out.
+
+    Args:
+        unet: Class-conditional denoiser of standardised latents; its last class is the null class.
+        vae: Any diffusers autoencoder.
+        scheduler: Holds the training schedule.
+        latents_mean: Mean of the raw latents per channel, d numbers.
+        latents_std: Standard deviation of the raw latents per channel, d numbers.
+        class_names: Name of every class, in label order.
+        sampling: Default settings: num_inference_steps, guidance_scale, guidance_interval, sampler.
+    """
+
+    model_cpu_offload_seq = "unet->vae"
+
+    def __init__(
+        self,
+        unet,
+        vae,
+        scheduler,
+        latents_mean: list[float] | None = None,
+        latents_std: list[float] | None = None,
+        class_names: list[str] | None = None,
+        sampling: dict | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(unet=unet, vae=vae, scheduler=scheduler)
+        self.register_to_config(
+            latents_mean=latents_mean, latents_std=latents_std, class_names=class_names, sampling=sampling
+        )
+
+    @torch.no_grad()
+    def sample_latents(self, class_labels: Tensor, noise: Tensor, **overrides) -> Tensor:
+        """Turns noise into standardised latents.
+
+        Args:
+            class_labels: int64 (b,).
+            noise: Standard normal, float32 (b, d, h, w).
+            overrides: Settings that replace the defaults of ``config.sampling``.
+        """
+        settings = {**(self.config.sampling or {}), **overrides}
+        denoise = guide(
+            self.unet,
+            class_labels,
+            self.unet.config.num_class_embeds - 1,
+            settings["guidance_scale"],
+            tuple(settings["guidance_interval"]),
+            self.scheduler.config.num_train_timesteps,
+        )
+        return solve(denoise, noise, self.scheduler, settings["num_inference_steps"], settings["sampler"])
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Decodes standardised latents (b, d, h, w) to images (b, 3, h * f, w * f), clamped to [-1, 1]."""
+        mean, std = (
+            torch.tensor(values, device=latents.device, dtype=latents.dtype).reshape(-1, 1, 1)
+            for values in (self.config.latents_mean, self.config.latents_std)
+        )
+        return self.vae.decode((latents * std + mean).to(self.vae.dtype)).sample.float().clamp(-1, 1)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: list[int | str] | Tensor,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        sampler: str | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        """Generates one image for every label.
+
+        Args:
+            class_labels: Class indices or names.
+            num_inference_steps: Steps of the sampler.
+            guidance_scale: Classifier-free guidance; 1 is none.
+            guidance_interval: Noise levels in which it acts.
+            sampler: "ddim", "dpmsolver++" or "unipc".
+            generator: One for all images, or one for each.
+            output_type: "pil", "np" (b, h, w, 3) in [0, 1], "pt" (b, 3, h, w) in [0, 1], or "latent".
+
+        Raises:
+            ValueError: An unknown class.
+        """
+        device = self.unet.device
+        labels = torch.tensor([self._index(label) for label in class_labels], device=device)
+        shape = (self.unet.config.in_channels, self.unet.config.sample_size, self.unet.config.sample_size)
+        generators = generator if isinstance(generator, list) else [generator] * len(labels)
+        if len(generators) != len(labels):
+            raise ValueError(f"{len(generators)} generators for {len(labels)} labels")
+        noise = torch.stack([torch.randn(shape, generator=g, device=g.device if g else "cpu") for g in generators])
+        given = {
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "guidance_interval": guidance_interval,
+            "sampler": sampler,
+        }
+        overrides = {name: value for name, value in given.items() if value is not None}
+        latents = self.sample_latents(labels, noise.to(device, self.unet.dtype), **overrides)
+        images = latents if output_type == "latent" else self.decode_latents(latents).add(1).div(2)
+        if output_type in ("np", "pil"):
+            images = images.permute(0, 2, 3, 1).cpu().numpy()
+        if output_type == "pil":
+            images = self.numpy_to_pil(np.asarray(images))
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _index(self, label: int | str | Tensor) -> int:
+        names = self.config.class_names or []
+        if isinstance(label, str):
+            if label not in names:
+                raise ValueError(f"class {label}: unknown; one of {', '.join(names[:10])} ...")
+            return names.index(label)
+        index, count = int(label), self.unet.config.num_class_embeds - 1
+        if not 0 <= index < count:
+            raise ValueError(f"class {index}: expected 0 to {count - 1}")
+        return index

@@ -1,0 +1,76 @@
+"""The denoiser: diffusers' `UNet2DModel` with attention and class embedding, initialised as it should be."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import UNet2DModel
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
+
+from ddgen.config import DenoiserConfig
+from ddgen.errors import UserError
+
+# preset: widths, residual blocks per resolution, resolutions with attention (0 the finest)
+PRESETS: dict[str, tuple[tuple[int, ...], int, tuple[int, ...]]] = {
+    "xs": ((64, 128, 128), 1, (1, 2)),
+    "s": ((128, 256, 256), 2, (1, 2)),
+    "b": ((192, 384, 576), 2, (1, 2)),
+}
+
+
+def build_unet(config: DenoiserConfig, *, latent_channels: int, latent_size: int, num_classes: int) -> UNet2DModel:
+    """Builds the denoiser of standardised latents; class `num_classes` is the null class.
+
+    Raises:
+        UserError: Settings that do not fit each other or the latents.
+    """
+    channels, layers, attention = PRESETS[config.preset]
+    if config.unet_channels is not None:
+        channels = config.unet_channels
+        attention = tuple(range(1, len(channels))) or (0,)
+    layers = config.unet_layers_per_block or layers
+    attention = config.unet_attention_levels if config.unet_attention_levels is not None else attention
+    levels = len(channels)
+    if any(width % 32 for width in channels):
+        raise UserError(f"--unet_channels {_text(channels)}: widths must be multiples of 32")
+    if latent_size % 2 ** (levels - 1):
+        raise UserError(
+            f"--unet_channels {_text(channels)}: {levels} resolutions do not fit {latent_size} x {latent_size} latents;"
+            " use fewer widths"
+        )
+    if any(not 0 <= level < levels for level in attention):
+        raise UserError(f"--unet_attention_levels {_text(attention)}: resolutions are 0 to {levels - 1}")
+    unet = UNet2DModel(
+        sample_size=latent_size,
+        in_channels=latent_channels,
+        out_channels=latent_channels,
+        block_out_channels=channels,
+        layers_per_block=layers,
+        down_block_types=tuple("AttnDownBlock2D" if i in attention else "DownBlock2D" for i in range(levels)),
+        up_block_types=tuple("AttnUpBlock2D" if i in attention else "UpBlock2D" for i in reversed(range(levels))),
+        attention_head_dim=min(64, *channels),
+        dropout=config.unet_dropout,
+        num_class_embeds=num_classes + 1,
+    )
+    _initialise(unet)
+    return unet
+
+
+@torch.no_grad()
+def _initialise(unet: UNet2DModel) -> None:
+    """Zeroes what should start as the identity, which diffusers does not."""
+    nn.init.zeros_(unet.conv_out.weight)
+    nn.init.zeros_(unet.conv_out.bias)
+    nn.init.normal_(unet.class_embedding.weight, std=0.02)
+    for module in unet.modules():
+        last = module.conv2 if isinstance(module, ResnetBlock2D) else None
+        if isinstance(module, Attention):
+            last = module.to_out[0]
+        if last is not None:
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+
+
+def _text(numbers: tuple[int, ...]) -> str:
+    return " ".join(map(str, numbers))
