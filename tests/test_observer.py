@@ -46,7 +46,9 @@ def small_config(**changes: object) -> ObserverConfig:
     return ObserverConfig(**values)  # type: ignore[arg-type]
 
 
-def train(tmp_path: Path, name: str = "observer", *, seed: int = 0, precision: str = "no", **changes: object) -> Observer:
+def train(
+    tmp_path: Path, name: str = "observer", *, seed: int = 0, precision: str = "no", **changes: object
+) -> Observer:
     return train_observer(
         small_config(**changes),
         colours(),

@@ -11,6 +11,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from ddgen.checkpoint import write_bytes
 
@@ -73,11 +74,13 @@ def _draw_panel(axes: Axes, metric: str, series: Series) -> None:
         axes.set_yscale("log")
     _mark_best(axes, series)
     axes.set_xlabel("training step")
-    axes.set_ylabel(f"{describe(metric)}, lower is better")
-    axes.set_title(f"{metric} to the real training images", fontsize=10, loc="left")
+    axes.set_ylabel(f"{metric} (lower is better)")
+    axes.set_title(describe(metric), fontsize=10.5, loc="left")
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.grid(True, which="major", color="#e3e3e3", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(x=0.04, y=0.12)
+    axes.margins(x=0.04, y=0.14)
     if len(series) > 1:
         axes.legend(frameon=False, fontsize=9)
 
@@ -87,9 +90,10 @@ def _mark_best(axes: Axes, series: Series) -> None:
     axes.annotate(
         f"best {value:.3g} at step {step:,.0f}",
         (step, value),
-        xytext=(-4, 9),
+        xytext=(0, -8),
         textcoords="offset points",
         ha="right" if step > 0.5 * axes.get_xlim()[1] else "left",
+        va="top",
         fontsize=8.5,
         color=GREY,
     )
