@@ -601,6 +601,24 @@ def test_wrong_parquet(tmp_path: Path) -> None:
     assert "train shards in several folders" in error(tmp_path, "parquet", tmp_path / "many")
 
 
+def test_damage_in_the_middle_of_a_shard(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    images = [encoded(Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))) for _ in range(8)]
+    path = tmp_path / "hub/train-0.parquet"
+    path.parent.mkdir()
+    pq.write_table(pa.table({"image": images, "label": [0, 1] * 4}), path, compression="zstd", use_dictionary=False)
+    content = bytearray(path.read_bytes())
+    content[4:200] = bytes(196)  # the header of the first page
+    path.write_bytes(content)
+    assert "not a readable parquet file" in error(tmp_path, "parquet", path.parent)
+
+
+def test_a_link_to_nowhere_is_a_broken_image(tmp_path: Path) -> None:
+    write_folders(tmp_path / "photos", ("train", "test"), ["a", "b"])
+    (tmp_path / "photos/train/a/gone.png").symlink_to(tmp_path / "gone.png")
+    assert "gone.png (No such file or directory)" in error(tmp_path, "imagefolder", tmp_path / "photos")
+
+
 def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
     class Evil:
         def __reduce__(self) -> Any:

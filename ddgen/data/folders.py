@@ -12,10 +12,12 @@ from ddgen.data.classes import did_you_mean
 from ddgen.data.source import Item, Source, files_identity
 from ddgen.errors import UserError
 
-IMAGE_SUFFIXES = frozenset(
-    [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"]
-    + [".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif", ".tga"]
-)
+# fmt: off
+IMAGE_SUFFIXES = frozenset([
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
+    ".jp2", ".avif", ".tga",
+])
+# fmt: on
 _IGNORED = {"__MACOSX"}
 
 

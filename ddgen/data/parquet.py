@@ -86,12 +86,16 @@ def _open(path: Path) -> _Shard:
         with pq.ParquetFile(path) as file:
             schema, num_rows = file.schema_arrow, file.metadata.num_rows
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"--data_dir {path}: not a readable parquet file ({' '.join(str(error).split())})") from None
+        raise _unreadable(path, error) from None
     features = _features(schema)
     image = _column(path, schema, _IMAGE_COLUMNS, "image", features, "Image")
     label = _column(path, schema, _LABEL_COLUMNS, "label", features, "ClassLabel")
     names = features.get(label, {}).get("names")
     return _Shard(path, num_rows, image, label, tuple(map(str, names)) if names else None)
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    return UserError(f"--data_dir {path}: not a readable parquet file ({' '.join(str(error).split())})")
 
 
 def _features(schema: pa.Schema) -> dict[str, Any]:
@@ -119,7 +123,11 @@ def _column(
 
 
 def _labels(shard: _Shard) -> pa.ChunkedArray:
-    values = pq.read_table(shard.path, columns=[shard.label_column]).column(0)
+    try:
+        with pq.ParquetFile(shard.path) as file:
+            values = file.read(columns=[shard.label_column]).column(0)
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(shard.path, error) from None
     if pa.types.is_dictionary(values.type):
         values = values.cast(values.type.value_type)
     if values.null_count:
@@ -177,8 +185,11 @@ def _read_rows(shards: list[_Shard], rows: np.ndarray) -> Iterator[Item]:
     start = 0
     for shard in shards:
         inside = rows[(rows >= start) & (rows < start + shard.num_rows)] - start
-        if len(inside):
-            yield from _read_shard(shard, inside)
+        try:
+            if len(inside):
+                yield from _read_shard(shard, inside)
+        except (pa.ArrowException, OSError) as error:
+            raise _unreadable(shard.path, error) from None
         start += shard.num_rows
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,7 +58,14 @@ def files_identity(root: Path, paths: Sequence[Path]) -> str:
     """Digest of where the files are and of their names, sizes and modification times."""
     state = hashlib.sha256(str(root.resolve()).encode("utf-8", "surrogateescape"))
     for path in paths:
-        stat = path.stat()
+        stat = _stat(path)
         line = f"\0{path.relative_to(root)}\0{stat.st_size}\0{stat.st_mtime_ns}"
         state.update(line.encode("utf-8", "surrogateescape"))
     return state.hexdigest()[:32]
+
+
+def _stat(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except FileNotFoundError:
+        return path.lstat()  # a link to nowhere: listed as a broken image when it is read
