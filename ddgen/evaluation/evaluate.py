@@ -99,7 +99,7 @@ def evaluate(
         The rows, written to ``output_dir`` too.
 
     Raises:
-        UserError: Artefacts whose classes or sizes do not match, or settings that cannot be honoured; before any training.
+        UserError: Before any training: artefacts whose classes or sizes do not match, settings that cannot be honoured.
     """
     recipes = [get_protocol(name) for name in protocols]
     ipc = _check(distilled, train, test, observer, recipes, students, repeats, epochs, random_generated)

@@ -161,8 +161,8 @@ def train_student(
                 loss = _step(student, next(batches), protocol, optimizer, scaler, device, precision)
             if not torch.isfinite(loss):
                 raise UserError(
-                    f"--protocols {protocol.name}: the loss of student {network} is not finite after epoch {epoch + 1}; "
-                    f"--mixed_precision {precision} may be too coarse, try no"
+                    f"--protocols {protocol.name}: the loss of student {network} is not finite after epoch "
+                    f"{epoch + 1}; --mixed_precision {precision} may be too coarse, try no"
                 )
             train_seconds += time.perf_counter() - epoch_started
             accuracy = None
@@ -219,7 +219,7 @@ def enlarge_and_crop(images: Tensor) -> Tensor:
     if larger <= size:
         return images
     enlarged = F.interpolate(images, size=(larger, larger), mode="bilinear", antialias=True, align_corners=False)
-    start = int(round((larger - size) / 2))
+    start = (larger - size) // 2
     return enlarged[:, :, start : start + size, start : start + size]
 
 
