@@ -277,12 +277,21 @@ def test_batch_norm_statistics_move_once_a_step(teacher: Observer, monkeypatch: 
 
 def test_teacher_labels_each_mixed_batch_as_if_alone(teacher: Observer) -> None:
     images, labels = random_real(colours(12, "train"), 4, seed=0)
-    stream = list(students._stream(images, labels, RDED, 2, 5, 0, 1))
+    stream = list(students._stream(images, labels, RDED, 2, 5, 0, 1, True))
     labelled = list(students._with_teacher(iter(stream), teacher, CPU, "no"))
     assert [len(batch.images) for batch in labelled] == [5, 5, 2] * 2
     for batch in labelled:
         assert batch.teacher_logits is not None
         torch.testing.assert_close(batch.teacher_logits, teacher(batch.images).detach())
+
+
+def test_images_are_mirrored_only_if_asked(teacher: Observer) -> None:
+    images = torch.zeros(6, 3, SIZE, SIZE, dtype=torch.uint8)
+    images[..., 0] = 255
+    plain = replace(RDED, cutmix_alpha=1e-4)  # boxes of next to no area, or of all of it
+    for flip, sides in ((True, 2), (False, 1)):
+        stream = students._stream(images, torch.arange(6), plain, 5, 6, 0, 1, flip)
+        assert len({int(image[0, 0].argmax()) for batch in stream for image in batch.images}) == sides
 
 
 def test_students_see_the_schedule_of_the_epochs_asked_for(teacher: Observer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -395,7 +404,7 @@ def test_interrupted_evaluation_goes_on(tmp_path: Path, teacher: Observer, monke
     assert [row.scores for row in resumed.rows] == [row.scores for row in whole.rows]
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"epochs": 4}, {"precision": "bf16"}])
+@pytest.mark.parametrize("change", [{"seed": 1}, {"epochs": 4}, {"flip": False}])
 def test_another_setting_is_another_cell(tmp_path: Path, teacher: Observer, change: dict[str, Any]) -> None:
     run(tmp_path, teacher, protocols=("rded",), repeats=1)
     run(tmp_path, teacher, protocols=("rded",), repeats=1, **change)
@@ -458,7 +467,7 @@ def results(epochs_override: int | None = 60, repeats: int = 3) -> Results:
         row("random generated", "hard", 0.803, 0.822, 0.811),
         row("random real", "hard", 0.842, 0.853, 0.829),
     )
-    return Results(rows, "digits", 10, 359, 32, 10, repeats, 0, epochs_override, "convnet3", 0.986, "bf16", "cpu")
+    return Results(rows, "digits", 10, 359, 32, 10, repeats, 0, epochs_override, True, "convnet3", 0.986, "bf16", "cpu")
 
 
 def test_table_states_what_must_be_known() -> None:
@@ -477,6 +486,8 @@ def test_table_states_what_must_be_known() -> None:
 
 def test_table_without_override_and_of_one_repeat_claims_no_spread() -> None:
     table = format_table(results(epochs_override=None, repeats=1))
+    assert "mirror" not in table
+    assert "Without the protocols' mirroring" in format_table(replace(results(), flip=False))
     assert "*" not in table and "±" not in table and "1 student per row" in table
 
 

@@ -54,6 +54,7 @@ class _Setting:
     device: torch.device
     precision: str
     cells_dir: Path
+    flip: bool
     progress: bool
 
 
@@ -72,6 +73,7 @@ def evaluate(
     precision: str,
     output_dir: Path,
     random_generated: tuple[Tensor, Tensor] | None = None,
+    flip: bool = True,
     progress: bool = True,
 ) -> Results:
     """Trains students on the distilled images and on the baselines, and scores them on the real test images.
@@ -93,6 +95,7 @@ def evaluate(
         precision: "no", "bf16" or "fp16".
         output_dir: Receives results.json, accuracy.png and cells/.
         random_generated: Generated images that nobody selected: pixels uint8 (n, 3, s, s), labels (n,).
+        flip: Mirror training images, as the protocols do; false where a mirror image is another class.
         progress: Show a bar per row.
 
     Returns:
@@ -111,7 +114,7 @@ def evaluate(
     sources[-1].draw(0)  # a class too small is found now
     setting = _Setting(
         test, observer, len(distilled.class_names), ipc, epochs, repeats, seed, device, precision,
-        output_dir / "cells", progress,
+        output_dir / "cells", flip, progress,
     )  # fmt: skip
     image_bytes = {source.name: png_bytes(source.draw(0)[0]) for source in sources}
     teacher_accuracy = _teacher_accuracy(setting)
@@ -131,6 +134,7 @@ def evaluate(
         repeats=repeats,
         seed=seed,
         epochs_override=epochs,
+        flip=flip,
         teacher=None if observer is None else observer.network,
         teacher_accuracy=teacher_accuracy,
         precision=precision,
@@ -232,7 +236,7 @@ def _row(source: _Source, recipe: Protocol, student: str, setting: _Setting, ima
         unit="epoch",
         disable=not setting.progress,
         dynamic_ncols=True,
-        bar_format="{desc} |{bar:20}| {percentage:3.0f}% [{elapsed}<{remaining}] {postfix}",
+        bar_format="{desc} |{bar:20}| {percentage:3.0f}% [{elapsed}<{remaining}]{postfix}",
     ) as bar:
         for repeat in range(setting.repeats):
             results.append(_cell(source, recipe, student, repeat, setting, bar))
@@ -289,6 +293,7 @@ def _cell(
         precision=setting.precision,
         seed=derive(setting.seed, "repeat", repeat),
         epochs=setting.epochs,
+        flip=setting.flip,
         on_epoch=on_epoch,
     )
     write_json(path, {"key": key, "images": source.name, "result": dataclasses.asdict(result)})
@@ -306,6 +311,7 @@ def _cell_key(
         "protocol": repr(recipe),
         "student": student,
         "epochs": recipe.epochs(setting.ipc) if setting.epochs is None else setting.epochs,
+        "flip": setting.flip,
         "seed": setting.seed,
         "repeat": repeat,
         "test": setting.test.fingerprint,

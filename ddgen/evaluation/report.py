@@ -75,6 +75,7 @@ class Results:
         repeats: Students per row.
         seed: The user's seed.
         epochs_override: `--epochs`, or None where the protocols' own epochs were used.
+        flip: Whether training images were mirrored, as the protocols do.
         teacher: Name of the observer's network, or None.
         teacher_accuracy: Its top-1 fraction on the same test images.
         precision: Autocast precision.
@@ -90,6 +91,7 @@ class Results:
     repeats: int
     seed: int
     epochs_override: int | None
+    flip: bool
     teacher: str | None
     teacher_accuracy: float | None
     precision: str
@@ -192,6 +194,8 @@ def _notes(results: Results) -> list[str]:
     if results.epochs_override is not None:
         own = ", ".join(f"{get_protocol(name).epochs(results.ipc)} of {name}" for name in protocols)
         notes.append(f"* --epochs {results.epochs_override} instead of {own}: not comparable with published numbers.")
+    if not results.flip:
+        notes.append("Without the protocols' mirroring: a mirror image would be another class.")
     if any(get_protocol(name).labels == "soft" for name in protocols):
         notes.append("Label bytes of soft labels made online are the teacher's weights. Image bytes are PNG files.")
     if results.repeats > 1:

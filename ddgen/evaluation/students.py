@@ -110,6 +110,7 @@ def train_student(
     seed: int,
     epochs: int | None = None,
     factor: int = 1,
+    flip: bool = True,
     on_epoch: Callable[[int, float | None], None] | None = None,
 ) -> StudentResult:
     """Trains a student and scores it on the real test images.
@@ -128,6 +129,7 @@ def train_student(
         seed: Of initial weights, order and augmentation.
         epochs: Instead of the protocol's.
         factor: Images are grids of factor x factor patches.
+        flip: Mirror images, as the protocols do; false where a mirror image is another class, as for digits.
         on_epoch: Called after every epoch with the epochs done and, when it was scored, the accuracy.
 
     Raises:
@@ -150,7 +152,7 @@ def train_student(
         )
         optimizer = make_optimizer(student, protocol, peak)
         scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-        batches = _stream(images.to(device), labels.to(device), protocol, num_epochs, batch_size, seed, factor)
+        batches = _stream(images.to(device), labels.to(device), protocol, num_epochs, batch_size, seed, factor, flip)
         if protocol.labels == "soft" and teacher is not None:
             batches = _with_teacher(batches, teacher.to(device).eval(), device, precision)
         for epoch in range(num_epochs):
@@ -266,14 +268,15 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
         group["lr"] = learning_rate
 
 
-def _augment(images: Tensor, protocol: Protocol, factor: int, rng: np.random.Generator) -> Tensor:
+def _augment(images: Tensor, protocol: Protocol, factor: int, flip: bool, rng: np.random.Generator) -> Tensor:
     """Augments images (b, 3, s, s) in [0, 1] one by one, before they are mixed."""
     if factor > 1:
         images = shuffle_patches(images, factor, rng)
     scale = protocol.crop_scale(factor)
     if scale[0] < 1.0:  # of area one only the whole image fits
         images = resized_crop(images, draw_crops(rng, len(images), images.shape[-1], scale))
-    images = random_flip(images, rng)
+    if flip:
+        images = random_flip(images, rng)
     if protocol.color_jitter:
         images = color_jitter(images, protocol.color_jitter, rng)
     if protocol.lighting_std:
@@ -282,14 +285,14 @@ def _augment(images: Tensor, protocol: Protocol, factor: int, rng: np.random.Gen
 
 
 def _stream(
-    images: Tensor, labels: Tensor, protocol: Protocol, epochs: int, batch_size: int, seed: int, factor: int
+    images: Tensor, labels: Tensor, protocol: Protocol, epochs: int, batch_size: int, seed: int, factor: int, flip: bool
 ) -> Iterator[_Batch]:
     """Yields the mixed batches of all epochs; the last of an epoch may be smaller."""
     for epoch in range(epochs):
         rng = numpy_generator(seed, "student", "epoch", epoch)
         order = torch.from_numpy(rng.permutation(len(images))).to(images.device)
         for indices in order.split(batch_size):
-            batch = _augment(to_images01(images[indices]), protocol, factor, rng)
+            batch = _augment(to_images01(images[indices]), protocol, factor, flip, rng)
             paste = torch.from_numpy(rng.permutation(len(indices))).to(images.device)
             mixed, own = cutmix(batch, paste, draw_cutmix(rng, batch.shape[-1], protocol.cutmix_alpha))
             own_labels = labels[indices]
