@@ -224,7 +224,7 @@ def test_wrong_cache_is_remade(tmp_path: Path, damage: str) -> None:
 
 def test_monitor_refuses_what_it_cannot_measure(tmp_path: Path) -> None:
     real, extractor = images(40, 0), Extractor("mean", "1", Counting())
-    with pytest.raises(UserError, match="^--fid_num_images 1: a covariance needs at least 2"):
+    with pytest.raises(UserError, match=r"^--fid_num_images 1: a covariance needs at least 2"):
         monitor(tmp_path, real, extractor, num_images=1)
     with pytest.raises(ValueError, match="expected uint8"):
         monitor(tmp_path, real, extractor)(images(19, 1).pixels)
@@ -253,7 +253,7 @@ def test_inception_without_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ):
         inception_extractor(str(tmp_path / "no.pth"))
     (tmp_path / "other.pth").write_bytes(b"other")
-    with pytest.raises(UserError, match="not the 2015-12-05 Inception weights .*not 6726825d"):
+    with pytest.raises(UserError, match=r"not the 2015-12-05 Inception weights .*not 6726825d"):
         inception_extractor(str(tmp_path / "other.pth"))
     monkeypatch.setattr(frechet, "INCEPTION_SHA256_PREFIX", hashlib.sha256(b"other").hexdigest()[:8])
     with pytest.raises(UserError, match="not the 2015-12-05 Inception weights"):

@@ -140,7 +140,7 @@ def test_wrong_networks(name: str, size: int, message: str) -> None:
 
 
 def test_students_are_named_by_their_own_flag() -> None:
-    with pytest.raises(UserError, match="^--students nonet: unknown network"):
+    with pytest.raises(UserError, match=r"^--students nonet: unknown network"):
         build_network("nonet", 3, 32, setting="--students")
 
 
@@ -201,9 +201,9 @@ def test_predict_pixels_in_batches_and_mirrored() -> None:
 
 
 def test_load_errors(tmp_path: Path, trained: tuple[Observer, Path]) -> None:
-    with pytest.raises(UserError, match="no such folder; give an observer's folder"):
+    with pytest.raises(UserError, match=r"no such folder; give an observer's folder"):
         Observer.load(tmp_path / "missing")
-    with pytest.raises(UserError, match="class 0 is 'green' in the dataset but 'red' in --observer .*another order"):
+    with pytest.raises(UserError, match=r"class 0 is 'green' in the dataset but 'red' in --observer .*another order"):
         Observer.load(trained[1], ("green", "red", "blue"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="neither an observer's folder"):
@@ -216,7 +216,7 @@ def test_damaged_observers(tmp_path: Path) -> None:
         untrained().save(tmp_path / "a")
     weights = (tmp_path / "a" / "model.safetensors").read_bytes()
     (tmp_path / "a" / "model.safetensors").write_bytes(weights[:-10])
-    with pytest.raises(UserError, match="damaged observer .*; train the observer again"):
+    with pytest.raises(UserError, match=r"damaged observer .*; train the observer again"):
         Observer.load(tmp_path / "a")
     (tmp_path / "a" / "model.safetensors").write_bytes(weights)
     config = json.loads((tmp_path / "a" / "config.json").read_text())
@@ -226,6 +226,21 @@ def test_damaged_observers(tmp_path: Path) -> None:
     (tmp_path / "a" / "config.json").write_text("{")
     with pytest.raises(UserError, match="not readable JSON"):
         Observer.load(tmp_path / "a")
+
+
+def test_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoModelForImageClassification
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("We couldn't connect\nto the hub")
+
+    monkeypatch.setattr(AutoModelForImageClassification, "from_pretrained", refuse)
+    with pytest.raises(UserError) as caught:
+        Observer.load("someone/classifier")
+    assert str(caught.value) == (
+        "--observer someone/classifier: neither an observer's folder (no config.json of one) nor a transformers image "
+        "classifier that can be loaded: We couldn't connect to the hub"
+    )
 
 
 # --- training

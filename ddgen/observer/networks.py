@@ -109,8 +109,8 @@ def _convnet(depth: int, num_classes: int, image_size: int, norm: Norm, width: i
     if depth < 1 or side < 1:
         most = image_size.bit_length() - 1
         raise UserError(
-            f"{setting} convnet{depth}: every block halves the side, so {image_size} px images take 1 to {most} blocks; "
-            f"use convnet{max(1, min(depth, most))}"
+            f"{setting} convnet{depth}: every block halves the side, so {image_size} px images take 1 to {most} blocks"
+            f"; use convnet{max(1, min(depth, most))}"
         )
     layers: list[nn.Module] = []
     for block in range(depth):

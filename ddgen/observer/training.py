@@ -203,7 +203,7 @@ def _loop(run: _Run, observer: Observer, metrics_path: Path, progress: bool) -> 
     metrics_path.write_text("", encoding="utf-8")
     pixels = _place(run.dataset.pixels, run.device)
     memory_format = torch.channels_last if uses_channels_last(observer, run.device) else torch.contiguous_format
-    observer.to(memory_format=memory_format)  # type: ignore[call-overload]
+    observer.to(memory_format=memory_format)
     optimizer = torch.optim.SGD(
         observer.parameters(), lr=0.0, momentum=MOMENTUM, nesterov=True, weight_decay=WEIGHT_DECAY
     )
