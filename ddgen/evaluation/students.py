@@ -315,7 +315,8 @@ def _with_teacher(
 def _label(batches: list[_Batch], teacher: nn.Module, device: torch.device, precision: str) -> list[_Batch]:
     if not batches:
         return []
-    together = torch.cat([batch.images for batch in batches])
+    memory_format = torch.channels_last if uses_channels_last(teacher, device) else torch.contiguous_format
+    together = torch.cat([batch.images for batch in batches]).contiguous(memory_format=memory_format)
     with torch.no_grad(), autocast(device, precision):
         logits = teacher(together).float()
     parts = logits.split([len(batch.images) for batch in batches])
