@@ -589,7 +589,7 @@ def _what_to_evaluate(config: EvaluateConfig) -> tuple[Path | None, Path]:
     print(f"run: {run_dir} ({chosen})")
     if config.ipc is not None:
         return run_dir, run_dir / "distilled" / f"ipc{config.ipc}"
-    found = sorted((run_dir / "distilled").glob("*/manifest.json"), key=lambda path: path.stat().st_mtime)
+    found = sorted((run_dir / "distilled").glob("*/class_names.json"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise UserError(f"--run_dir {run_dir}: no distilled dataset in it yet; make one with python sample.py --ipc 10")
     return run_dir, found[-1].parent

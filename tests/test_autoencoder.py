@@ -1,0 +1,185 @@
+"""Autoencoder room: the PCA floor, the latent cache, pretrained autoencoders."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, AutoencoderTiny
+from sklearn.decomposition import PCA
+
+from ddgen.autoencoder import autoencoder as autoencoders
+from ddgen.autoencoder.autoencoder import load_pretrained, to_images, to_pixels, wrap
+from ddgen.autoencoder.latents import build_latent_cache
+from ddgen.autoencoder.patch_autoencoder import PatchAutoencoderKL
+from ddgen.autoencoder.pca import fit_pca
+from ddgen.autoencoder.training import build, psnr, train_autoencoder
+from ddgen.config import AutoencoderConfig
+from ddgen.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+def smooth_pixels(count: int, size: int = 16, seed: int = 0) -> torch.Tensor:
+    """Random images with structure: blurred noise, uint8 (n, 3, s, s)."""
+    noise = torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+    blurred = torch.nn.functional.avg_pool2d(noise, 5, stride=1, padding=2)
+    return (blurred * 120 + 128).clamp(0, 255).to(torch.uint8)
+
+
+def pca_autoencoder(pixels: torch.Tensor, d: int = 6, f: int = 4) -> autoencoders.Autoencoder:
+    model = PatchAutoencoderKL(latent_channels=d, downsample=f, block_out_channels=())
+    model.set_pca(*fit_pca(pixels, f, d, seed=0))
+    return wrap(model, CPU, "no")
+
+
+def test_pixels_survive_the_way_to_images_and_back() -> None:
+    pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).expand(1, 3, 16, 16)
+    assert torch.equal(to_pixels(to_images(pixels)), pixels)
+    assert to_images(pixels).min() == -1 and to_images(pixels).max() == 1
+
+
+def test_pca_reconstructs_as_well_as_scikit_learn() -> None:
+    pixels = smooth_pixels(200)
+    vae = pca_autoencoder(pixels, d=6, f=4)
+    mean, _ = vae.encode(to_images(pixels))
+    ours = (vae.vae.decode(mean).sample - to_images(pixels)).square().mean().item()
+    patches = to_images(pixels).reshape(200, 3, 4, 4, 4, 4).permute(0, 2, 4, 1, 3, 5).reshape(-1, 48).double().numpy()
+    reference = PCA(6).fit(patches)
+    theirs = np.square(reference.inverse_transform(reference.transform(patches)) - patches).mean()
+    assert ours == pytest.approx(theirs, rel=5e-3)  # theirs centres each pixel of a patch, ours each channel
+
+
+def test_pca_latents_are_whitened_and_uncorrelated() -> None:
+    pixels = smooth_pixels(300)
+    mean, _ = pca_autoencoder(pixels).encode(to_images(pixels))
+    flat = mean.permute(1, 0, 2, 3).flatten(1)
+    assert torch.allclose(flat @ flat.T / flat.shape[1], torch.eye(6), atol=2e-3)
+
+
+def test_residual_autoencoder_starts_at_the_pca_and_ends_above_it() -> None:
+    pixels = smooth_pixels(256)
+    config = AutoencoderConfig(
+        vae_downsample=4, vae_latent_channels=6, vae_patch=2, vae_channels=(16, 16), vae_train_steps=40, vae_batch_size=16
+    )
+    model = build(config, 16)
+    model.set_pca(*fit_pca(pixels, 4, 6, seed=0))
+    assert psnr(wrap(model, CPU, "no"), pixels) == pytest.approx(psnr(pca_autoencoder(pixels), pixels), abs=1e-4)
+    _, report = train_autoencoder(config, pixels, accelerator=Accelerator(cpu=True), precision="no", seed=0, flip=True)
+    assert report["psnr"] > report["psnr_pca"] + 0.05
+
+
+def test_training_that_ends_below_the_pca_keeps_the_pca(capsys: pytest.CaptureFixture[str]) -> None:
+    config = AutoencoderConfig(
+        vae_downsample=4, vae_latent_channels=6, vae_patch=4, vae_channels=(16,), vae_train_steps=12,
+        vae_batch_size=4, vae_learning_rate=3.0,
+    )  # fmt: skip
+    _, report = train_autoencoder(
+        config, smooth_pixels(128), accelerator=Accelerator(cpu=True), precision="no", seed=0, flip=False
+    )
+    assert report["psnr"] == report["psnr_pca"]
+    assert "keeping the PCA" in capsys.readouterr().out
+
+
+def test_psnr_by_hand() -> None:
+    class Offset(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def encode(self, x: torch.Tensor) -> object:
+            return type("Encoded", (), {"latents": x})
+
+        def decode(self, z: torch.Tensor) -> object:
+            return type("Decoded", (), {"sample": z + 10 / 127.5})
+
+    pixels = torch.full((4, 3, 8, 8), 100, dtype=torch.uint8)
+    assert psnr(wrap(Offset(), CPU, "no"), pixels) == pytest.approx(20 * math.log10(255 / 10))
+
+
+def test_latent_cache_is_standardised_and_holds_mirror_images(tmp_path: Path) -> None:
+    pixels = smooth_pixels(64)
+    vae, cache = build_latent_cache(pca_autoencoder(pixels), pixels, tmp_path / "latents", flip=True, fingerprint="a")
+    assert cache.mean.shape == (2, 64, 6, 4, 4)
+    assert cache.std is not None
+    second_moment = (cache.mean.float().square() + cache.std.float().square()).mean((0, 1, 3, 4))
+    assert torch.allclose(cache.mean.float().mean((0, 1, 3, 4)), torch.zeros(6), atol=1e-2)
+    assert torch.allclose(second_moment, torch.ones(6), atol=1e-2)
+    drawn = cache.batch(torch.tensor([5, 5]), torch.tensor([False, True]), torch.zeros(2, 6, 4, 4))
+    images = torch.stack([to_images(pixels[5]), to_images(pixels[5]).flip(-1)])
+    assert torch.allclose(drawn, vae.standardise(vae.encode(images)[0]), atol=5e-3)
+    noisy = cache.batch(torch.tensor([5]), torch.tensor([False]), torch.ones(1, 6, 4, 4))
+    assert torch.allclose(noisy - drawn[:1], cache.std[0, 5:6].float(), atol=1e-6)
+
+
+def test_latent_cache_is_reused_for_the_same_images_only(tmp_path: Path) -> None:
+    pixels = smooth_pixels(16)
+    vae = pca_autoencoder(pixels)
+    _, first = build_latent_cache(vae, pixels, tmp_path / "latents", flip=False, fingerprint="a")
+    _, same = build_latent_cache(vae, pixels.flip(0), tmp_path / "latents", flip=False, fingerprint="a")
+    _, other = build_latent_cache(vae, pixels.flip(0), tmp_path / "latents", flip=False, fingerprint="b")
+    assert torch.equal(first.mean, same.mean)
+    assert torch.equal(first.mean.flip(1), other.mean)
+    assert len(first.mean) == 1
+
+
+@pytest.mark.parametrize("kind", ["kl", "tiny", "pipeline"])
+def test_loads_diffusers_autoencoders(tmp_path: Path, kind: str) -> None:
+    torch.manual_seed(0)
+    blocks = (8, 8)
+    if kind == "tiny":
+        model = AutoencoderTiny(
+            encoder_block_out_channels=blocks, decoder_block_out_channels=blocks,
+            num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1),
+        )  # fmt: skip
+    else:
+        model = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=blocks, norm_num_groups=4,
+        )  # fmt: skip
+    model.save_pretrained(tmp_path / "vae")
+    source = tmp_path if kind == "pipeline" else tmp_path / "vae"
+    vae = load_pretrained(str(source), CPU, "no")
+    pixels = smooth_pixels(8, size=16)
+    vae, cache = build_latent_cache(vae, pixels, tmp_path / "latents", flip=False, fingerprint="x")
+    assert cache.mean.shape[2:] == (4, 8, 8)
+    assert (cache.std is None) == (kind == "tiny")
+    mean, _ = vae.encode(to_images(pixels))
+    with torch.inference_mode():
+        expected = model.eval().decode(mean).sample.clamp(-1, 1)
+    assert torch.allclose(vae.decode(vae.standardise(mean)), expected, atol=1e-4)
+
+
+def test_save_and_load_give_the_same_autoencoder(tmp_path: Path) -> None:
+    pixels = smooth_pixels(16)
+    vae = pca_autoencoder(pixels).with_statistics(torch.arange(6.0), torch.arange(1.0, 7.0))
+    autoencoders.save(vae, tmp_path / "autoencoder", psnr=30.0)
+    loaded = autoencoders.load(tmp_path / "autoencoder", CPU, "no")
+    assert loaded.fingerprint() == vae.fingerprint()
+    latents = torch.randn(2, 6, 4, 4)
+    assert torch.equal(loaded.decode(latents), vae.decode(latents))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"vae_downsample": 5}, "--vae_downsample 5: does not divide the image size 16"),
+        ({"vae_downsample": 2, "vae_latent_channels": 13}, "--vae_latent_channels 13: more than the 12 values"),
+        ({"vae_downsample": 4, "vae_patch": 3}, "--vae_patch 3: --vae_downsample 4 must be"),
+        ({"vae_downsample": 4, "vae_channels": (32,)}, "--vae_channels 32: 3 widths are needed"),
+        ({"vae_downsample": 2, "vae_patch": 2, "vae_channels": (20,)}, "--vae_channels 20: widths must be multiples of 16"),
+    ],
+)
+def test_wrong_settings_are_named(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        build(AutoencoderConfig(**settings), 16)  # type: ignore[arg-type]
+    assert message in str(error.value)
+
+
+def test_missing_pretrained_autoencoder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--vae .*nowhere.*hub id"):
+        load_pretrained(str(tmp_path / "nowhere" / "x" / "y"), CPU, "no")

@@ -1,0 +1,308 @@
+"""Diffusion room: schedule, objective, samplers, guidance, averages, the exported generator."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from torch import Tensor
+
+from ddgen.autoencoder.autoencoder import wrap
+from ddgen.autoencoder.patch_autoencoder import PatchAutoencoderKL
+from ddgen.config import DenoiserConfig, GuidanceConfig, OptimizerConfig, TrainConfig
+from ddgen.diffusion.ema import PowerEMA, std_to_gamma
+from ddgen.diffusion.generator import Generator, load_generator, save_generator
+from ddgen.diffusion.objective import add_noise, build_scheduler, draw, loss_weights, target
+from ddgen.diffusion.pipeline import ddim, ddim_timesteps, guide, solve, to_x0_and_noise
+from ddgen.diffusion.training import best_ema, learning_rate
+from ddgen.diffusion.unet import build_unet
+from ddgen.errors import UserError
+
+CPU = torch.device("cpu")
+CONFIG = DenoiserConfig(preset="xs", unet_channels=(32, 32), unet_layers_per_block=1)
+
+
+def gaussian_denoiser(mean: float, std: float, alphas_cumprod: Tensor, prediction_type: str = "v_prediction"):
+    """The optimal denoiser when the data is N(mean, std^2) in every dimension, in closed form."""
+
+    def denoise(x: Tensor, timestep: int) -> Tensor:
+        a = alphas_cumprod[timestep].double()
+        alpha, sigma = a.sqrt(), (1 - a).sqrt()
+        x0 = mean + alpha * std**2 * (x - alpha * mean) / (a * std**2 + 1 - a)
+        noise = (x - alpha * x0) / sigma
+        return noise if prediction_type == "epsilon" else alpha * noise - sigma * x0
+
+    return denoise
+
+
+def test_cosine_schedule_is_the_papers_formula() -> None:
+    ours = build_scheduler(DenoiserConfig()).alphas_cumprod.double()
+    f = [math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(1001)]
+    betas = [min(1 - f[t + 1] / f[t], 0.999) for t in range(1000)]
+    expected = torch.tensor(np.cumprod(1 - np.array(betas)))
+    assert torch.allclose(ours, expected, rtol=2e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon"])
+def test_target_is_what_recovers_clean_latents_and_noise(prediction_type: str) -> None:
+    x0, noise = torch.randn(2, 5, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    a = torch.tensor([0.99, 0.7, 0.5, 0.2, 0.05])
+    x = add_noise(x0, noise, a)
+    alpha, sigma = a.sqrt().reshape(-1, 1, 1, 1), (1 - a).sqrt().reshape(-1, 1, 1, 1)
+    got_x0, got_noise = to_x0_and_noise(target(x0, noise, a, prediction_type), x, alpha, sigma, prediction_type)
+    assert torch.allclose(got_x0, x0, atol=1e-5) and torch.allclose(got_noise, noise, atol=1e-5)
+
+
+def test_noising_and_velocity_agree_with_diffusers() -> None:
+    scheduler = build_scheduler(DenoiserConfig())
+    x0, noise = torch.randn(2, 6, 4, 3, 3, generator=torch.Generator().manual_seed(1))
+    t = torch.tensor([0, 10, 300, 700, 990, 999])
+    a = scheduler.alphas_cumprod[t]
+    assert torch.allclose(add_noise(x0, noise, a), scheduler.add_noise(x0, noise, t), atol=1e-6)
+    assert torch.allclose(target(x0, noise, a, "v_prediction"), scheduler.get_velocity(x0, noise, t), atol=1e-6)
+
+
+def test_min_snr_weights_by_hand() -> None:
+    a = torch.tensor([0.9, 0.5])  # snr 9 and 1
+    assert loss_weights(a, "epsilon", 5.0).tolist() == pytest.approx([5 / 9, 1.0])
+    assert loss_weights(a, "v_prediction", 5.0).tolist() == pytest.approx([5 / 10, 1 / 2])
+    assert loss_weights(a, "v_prediction", None).tolist() == [1.0, 1.0]
+
+
+def test_logit_normal_timesteps_have_the_stated_quantiles() -> None:
+    config = DenoiserConfig(logit_mean=0.5, logit_std=0.8, class_dropout=0.1)
+    draws = draw(config, 0, 3, (20_000, 1, 1, 1), 1000)
+    for quantile, z in ((0.5, 0.0), (0.8413447, 1.0), (0.1586553, -1.0)):
+        expected = 1000 / (1 + math.exp(-(0.5 + 0.8 * z)))
+        assert torch.quantile(draws.timesteps.float(), quantile).item() == pytest.approx(expected, abs=12)
+    assert draws.dropped.float().mean().item() == pytest.approx(0.1, abs=0.01)
+    assert draws.mirrored.float().mean().item() == pytest.approx(0.5, abs=0.02)
+    again = draw(config, 0, 3, (20_000, 1, 1, 1), 1000)
+    other = draw(config, 0, 4, (20_000, 1, 1, 1), 1000)
+    assert torch.equal(again.noise, draws.noise) and not torch.equal(other.noise, draws.noise)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 50, 333, 999, 1000])
+def test_timesteps_start_at_the_noisiest_and_never_repeat(steps: int) -> None:
+    timesteps = ddim_timesteps(1000, steps)
+    assert len(timesteps) == steps and timesteps[0] == 999 and timesteps[-1] >= 0
+    assert all(later < earlier for earlier, later in zip(timesteps, timesteps[1:], strict=False))
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon"])
+def test_ddim_is_diffusers_ddim_at_50_steps(prediction_type: str) -> None:
+    scheduler = DDIMScheduler(
+        beta_schedule="squaredcos_cap_v2", prediction_type=prediction_type, clip_sample=False,
+        timestep_spacing="trailing", set_alpha_to_one=True,
+    )  # fmt: skip
+    weights = torch.randn(4, 4, generator=torch.Generator().manual_seed(0)) * 0.3
+    noise = torch.randn(3, 4, 2, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def denoise(x: Tensor, timestep: int) -> Tensor:
+        return torch.tanh(torch.einsum("ij,bjhw->bihw", weights.double(), x) + timestep / 1000)
+
+    ours = ddim(denoise, noise, scheduler.alphas_cumprod, 50, prediction_type)
+    scheduler.set_timesteps(50)
+    assert scheduler.timesteps.tolist() == ddim_timesteps(1000, 50)
+    x = noise
+    for t in scheduler.timesteps:
+        x = scheduler.step(denoise(x, int(t)), t, x).prev_sample
+    assert torch.allclose(ours, x, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpmsolver++", "unipc"])
+def test_samplers_reach_an_analytic_gaussian(sampler: str) -> None:
+    scheduler = build_scheduler(DenoiserConfig())
+    noise = torch.randn(4000, 1, 1, 1, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    noise = (noise - noise.mean()) / noise.std()
+    errors = []
+    for steps in (10, 100):
+        x = solve(gaussian_denoiser(1.5, 0.5, scheduler.alphas_cumprod), noise, scheduler, steps, sampler)
+        errors.append(max(abs(x.mean().item() - 1.5), abs(x.std().item() - 0.5)))
+    assert errors[1] < 0.01
+    assert errors[1] < errors[0]
+
+
+def test_dpm_solver_is_diffusers_own() -> None:
+    scheduler = build_scheduler(DenoiserConfig())
+    reference = DPMSolverMultistepScheduler(
+        beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", timestep_spacing="trailing",
+    )  # fmt: skip
+    noise = torch.randn(8, 1, 2, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    denoise = gaussian_denoiser(-0.5, 0.8, scheduler.alphas_cumprod)
+    ours = solve(denoise, noise, scheduler, 12, "dpmsolver++")
+    reference.set_timesteps(12)
+    x = noise
+    for t in reference.timesteps:
+        x = reference.step(denoise(x, int(t)), t, x).prev_sample
+    assert torch.allclose(ours, x)
+
+
+class CountingUNet:
+    """Outputs the class label everywhere and counts what it is asked."""
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+
+    def __call__(self, latents: Tensor, timesteps: Tensor, labels: Tensor) -> SimpleNamespace:
+        self.batches.append(len(latents))
+        return SimpleNamespace(sample=labels.reshape(-1, 1, 1, 1).expand_as(latents).float())
+
+
+def test_guidance_by_hand_and_only_inside_its_interval() -> None:
+    unet, labels, latents = CountingUNet(), torch.tensor([2, 4]), torch.zeros(2, 1, 1, 1)
+    denoise = guide(unet, labels, null_label=10, guidance_scale=3.0, guidance_interval=(0.3, 0.8), num_train_timesteps=1000)
+    inside = denoise(latents, 499).flatten().tolist()
+    assert inside == [10 + 3 * (2 - 10), 10 + 3 * (4 - 10)]
+    for outside in (298, 800):
+        assert denoise(latents, outside).flatten().tolist() == [2, 4]
+    denoise(latents, 299), denoise(latents, 799)
+    assert unet.batches == [4, 2, 2, 4, 4]
+
+
+def test_guidance_of_one_is_one_forward() -> None:
+    unet = CountingUNet()
+    denoise = guide(unet, torch.tensor([1]), null_label=3, guidance_scale=1.0, guidance_interval=(0, 1), num_train_timesteps=1000)
+    assert denoise(torch.zeros(1, 1, 1, 1), 500).item() == 1
+    assert unet.batches == [1]
+
+
+def test_unet_starts_at_zero_and_knows_the_null_class() -> None:
+    torch.manual_seed(0)
+    unet = build_unet(DenoiserConfig(preset="xs"), latent_channels=4, latent_size=8, num_classes=3)
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([10, 900])
+    assert unet(x, t, torch.tensor([0, 3])).sample.abs().max() == 0
+    assert unet.class_embedding.weight.shape[0] == 4
+    assert unet.class_embedding.weight.std().item() == pytest.approx(0.02, rel=0.2)
+    from diffusers.models.attention_processor import Attention
+
+    attention = [module for module in unet.modules() if isinstance(module, Attention)]
+    assert {module.inner_dim // module.heads for module in attention} == {64}
+    assert all(module.to_out[0].weight.abs().max() == 0 for module in attention)
+    assert sum(p.numel() for p in unet.parameters()) == pytest.approx(4.6e6, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"unet_channels": (48,)}, "--unet_channels 48: widths must be multiples of 32"),
+        ({"unet_channels": (32, 32, 32, 32, 32)}, "5 resolutions do not fit 8 x 8 latents"),
+        ({"unet_attention_levels": (3,)}, "--unet_attention_levels 3: resolutions are 0 to 2"),
+    ],
+)
+def test_wrong_unet_settings_are_named(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        build_unet(DenoiserConfig(preset="xs", **settings), latent_channels=4, latent_size=8, num_classes=3)
+    assert message in str(error.value)
+
+
+def test_ema_exponents_are_the_papers() -> None:
+    # Karras et al. 2024, section 3.1: "sigma_rel 0.05 and 0.10 ... gamma of 16.97 and 6.94".
+    assert std_to_gamma(0.05) == pytest.approx(16.97, abs=0.01)
+    assert std_to_gamma(0.10) == pytest.approx(6.94, abs=0.01)
+
+
+def test_power_ema_is_the_weighted_mean_of_all_weights() -> None:
+    weight = torch.nn.Parameter(torch.zeros(1))
+    ema = PowerEMA([weight], (0.1,))
+    values = np.random.default_rng(0).normal(size=400)
+    for step, value in enumerate(values, start=1):
+        with torch.no_grad():
+            weight.fill_(value)
+        ema.update(step)
+    profile = np.arange(1, 401) ** std_to_gamma(0.1)
+    assert ema.averages[0.1][0].item() == pytest.approx((profile * values).sum() / profile.sum(), abs=0.02)
+    copied = torch.nn.Parameter(torch.zeros(1))
+    ema.copy_to(0.1, [copied])
+    assert copied.item() == ema.averages[0.1][0].item()
+
+
+def test_learning_rate_warms_up_stays_and_falls_to_zero() -> None:
+    config = TrainConfig(optimizer=OptimizerConfig(max_train_steps=100, lr_warmup_steps=10, lr_decay_fraction=0.4))
+    rates = [learning_rate(1.0, step, config) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == 1.0 and rates[60] == 1.0
+    assert rates[80] == pytest.approx(0.5) and rates[99] == pytest.approx(1 / 40) and rates[100] == 0
+
+
+def test_best_ema_is_the_one_with_the_lowest_last_distance() -> None:
+    distances = {"ema_0.05": [(1, 9.0), (2, 5.0)], "ema_0.1": [(1, 4.0), (2, 6.0)]}
+    assert best_ema(distances, (0.05, 0.1)) == 0.05
+    assert best_ema({}, (0.05, 0.1)) == 0.05
+
+
+@pytest.fixture
+def generator() -> Generator:
+    """A small random generator with outputs that depend on class and noise."""
+    torch.manual_seed(0)
+    unet = build_unet(CONFIG, latent_channels=4, latent_size=4, num_classes=3)
+    for parameter in unet.parameters():
+        if parameter.abs().max() == 0:
+            torch.nn.init.normal_(parameter, std=0.05)
+    torch.nn.init.normal_(unet.class_embedding.weight)
+    vae = PatchAutoencoderKL(latent_channels=4, downsample=4, block_out_channels=())
+    autoencoder = wrap(vae, CPU, "no").with_statistics(torch.arange(4.0) / 10, torch.arange(1.0, 5.0))
+    sampling = GuidanceConfig(num_inference_steps=6, guidance_scale=2.0)
+    return Generator(
+        unet.eval().requires_grad_(False), autoencoder, build_scheduler(CONFIG), ("ant", "bee", "cat"), sampling, "no"
+    )
+
+
+def test_an_image_depends_on_seed_class_and_index_only(generator: Generator) -> None:
+    labels, indices = torch.arange(32) % 3, torch.arange(32) // 3
+    together = generator.sample(labels, indices, seed=0)
+    apart = torch.cat([generator.sample(a, b, seed=0) for a, b in zip(labels.split(8), indices.split(8), strict=True)])
+    assert (together.int() - apart.int()).abs().max() <= 1
+    assert torch.equal(together, generator.sample(labels, indices, seed=0))
+    other = generator.sample(labels, indices, seed=1)
+    assert (together.int() - other.int()).abs().float().mean() > 5
+    assert not torch.equal(together[0], together[1]) and not torch.equal(together[0], together[3])
+    assert generator.image_size == together.shape[-1] == 16
+
+
+def test_saved_generator_is_the_same_generator(generator: Generator, tmp_path: Path) -> None:
+    save_generator(generator, tmp_path / "generator", "card")
+    loaded = load_generator(tmp_path / "generator", CPU, "no")
+    assert loaded.fingerprint() == generator.fingerprint()
+    assert loaded.class_names == generator.class_names and loaded.sampling == generator.sampling
+    labels = torch.tensor([0, 1, 2])
+    assert torch.equal(loaded.sample(labels, labels, 5), generator.sample(labels, labels, 5))
+
+
+def test_generator_loads_and_samples_without_ddgen(generator: Generator, tmp_path: Path) -> None:
+    save_generator(generator, tmp_path / "generator", "card")
+    script = f"""
+import sys, torch
+from diffusers import DiffusionPipeline
+folder = {str(tmp_path / "generator")!r}
+pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
+assert "ddgen" not in sys.modules
+generators = [torch.Generator().manual_seed(i) for i in range(3)]
+images = pipe(class_labels=["ant", 1, "cat"], generator=generators).images
+assert images[0].size == (16, 16)
+pixels = pipe(class_labels=[0, 1, 2], generator=[torch.Generator().manual_seed(i) for i in range(3)], output_type="pt")
+torch.save(pixels.images, {str(tmp_path / "images.pt")!r})
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
+        "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "HF_MODULES_CACHE": str(tmp_path / "modules"),
+    }  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    noise = torch.stack([torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(i)) for i in range(3)])
+    labels = torch.tensor([0, 1, 2])
+    denoise = guide(generator.unet, labels, 3, 2.0, generator.sampling.guidance_interval, 1000)
+    latents = solve(denoise, noise, generator.scheduler, 6, "ddim")
+    expected = (generator.autoencoder.decode(latents) + 1) / 2
+    assert torch.allclose(torch.load(tmp_path / "images.pt"), expected, atol=1e-4)
+
+
+def test_unfinished_generator_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"model_index\.json is missing.*train_ldm"):
+        load_generator(tmp_path, CPU, "no")
