@@ -24,7 +24,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
 def run(command: str, argv: list[str] | None = None, prog: str | None = None) -> int:
     """Runs one command and returns its exit code: 0, 2 for a mistake of the user's, 130 or 143 when stopped."""
     try:
-        config = parse(COMMANDS[command][0], argv, prog or f"ddgen {command}")
+        config: Any = parse(COMMANDS[command][0], argv, prog or f"ddgen {command}")
         return _command(command)(config)
     except UserError as error:
         return _complain(error)
@@ -49,12 +49,13 @@ def main(argv: list[str] | None = None) -> int:
 def _command(name: str) -> Callable[[Any], int]:
     from ddgen import commands
 
-    return {
+    found: dict[str, Callable[[Any], int]] = {
         "train": commands.train,
         "observer": commands.train_observer_alone,
         "sample": commands.sample,
         "evaluate": commands.evaluate,
-    }[name]
+    }
+    return found[name]
 
 
 def _complain(error: UserError) -> int:

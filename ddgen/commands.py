@@ -143,7 +143,9 @@ def train_observer_alone(config: TrainObserverConfig) -> int:
     if config.run.dry_run:
         accelerator.print(f"would train {config.observer.observer_network} on {len(dataset):,} images -> {output_dir}")
         return 0
-    observer = _train_observer(config.observer, config.data, dataset, output_dir, accelerator, precision, config.run.seed)
+    observer = _train_observer(
+        config.observer, config.data, dataset, output_dir, accelerator, precision, config.run.seed
+    )
     accelerator.print(f"{observer.accuracy:.1%} on held-out real images; use it with --observer {output_dir}")
     return 0
 
@@ -161,7 +163,9 @@ def _run_folder(config: TrainConfig) -> tuple[Path, Path | None]:
     if resume == "latest":
         return output_dir, latest_checkpoint(output_dir / "checkpoints")
     if not Path(resume).is_dir():
-        raise UserError(f"--resume_from_checkpoint {resume}: no such folder; give `latest` or a checkpoints/step-* folder")
+        raise UserError(
+            f"--resume_from_checkpoint {resume}: no such folder; give `latest` or a checkpoints/step-* folder"
+        )
     return output_dir, Path(resume)
 
 
@@ -178,9 +182,7 @@ def _observer_of_run(
         if accelerator.is_main_process:
             observer.save(path)
     else:
-        observer = _train_observer(
-            config.observer, config.data, dataset, path, accelerator, precision, config.run.seed
-        )
+        observer = _train_observer(config.observer, config.data, dataset, path, accelerator, precision, config.run.seed)
     accelerator.wait_for_everyone()
     check_observer(observer, dataset.class_names)
     return observer.to(accelerator.device).requires_grad_(False)
@@ -287,10 +289,12 @@ def _describe_training(
     return "\n".join(
         [
             "dry run: the settings and the data are fine; nothing was written",
-            f"  data         {dataset.name}, {len(dataset):,} images, {dataset.num_classes} classes, {dataset.image_size} px",
+            f"  data         {dataset.name}, {len(dataset):,} images, {dataset.num_classes} classes,"
+            f" {dataset.image_size} px",
             f"  observer     {config.observer.observer or config.observer.observer_network}",
             f"  autoencoder  {autoencoder}",
-            f"  denoiser     {sum(p.numel() for p in unet.parameters()) / 1e6:.1f}M parameters, latents {d} x {side} x {side}",
+            f"  denoiser     {sum(p.numel() for p in unet.parameters()) / 1e6:.1f}M parameters,"
+            f" latents {d} x {side} x {side}",
             f"  training     {optim.max_train_steps:,} steps of {optim.train_batch_size} images, {epochs:.1f} epochs",
             f"  device       {accelerator.device}, {accelerator.num_processes} process(es), precision {precision}",
             f"  output       {output_dir}",
@@ -339,7 +343,9 @@ Samples with {generator.sampling.sampler}, {generator.sampling.num_inference_ste
 def sample(config: SampleConfig) -> int:
     """Candidates, ranking, relabelling: writes a distilled dataset."""
     if config.ipc < 1 or config.candidates_per_image < 1:
-        raise UserError(f"--ipc {config.ipc}, --candidates_per_image {config.candidates_per_image}: give at least 1 each")
+        raise UserError(
+            f"--ipc {config.ipc}, --candidates_per_image {config.candidates_per_image}: give at least 1 each"
+        )
     run_dir, chosen = _find_run(config.run_dir)
     output_dir = Path(config.output_dir or run_dir / "distilled" / f"ipc{config.ipc}")
     if output_dir.exists() and not config.overwrite:
@@ -474,7 +480,7 @@ def _provenance(
     check_class_order(
         real.class_names, generator.class_names, expected_name="the training images", found_name="the generator"
     )
-    sampling = generator.sampling
+    sampling, optim = generator.sampling, run_config.optimizer
     return {
         "dataset": real.name,
         "dataset_fingerprint": real.fingerprint,
@@ -491,8 +497,8 @@ def _provenance(
             "candidates per image kept": config.candidates_per_image,
             "selection": "lowest realism loss of the observer (RDED)",
             "sampler": f"{sampling.sampler}, {sampling.num_inference_steps} steps",
-            "guidance": f"{sampling.guidance_scale} in {sampling.guidance_interval[0]} to {sampling.guidance_interval[1]}",
-            "generator training": f"{run_config.optimizer.max_train_steps} steps of {run_config.optimizer.train_batch_size}",
+            "guidance": "{} in {} to {}".format(sampling.guidance_scale, *sampling.guidance_interval),
+            "generator training": f"{optim.max_train_steps} steps of {optim.train_batch_size}",
             "observer": f"{observer.network}, {observer.accuracy:.1%} on held-out real images",
             "soft label temperature": config.soft_label_temperature,
             "precision": precision,
@@ -613,8 +619,9 @@ def _evaluation_data(config: EvaluateConfig, run_dir: Path | None) -> DataConfig
 
 
 def _default_students(observer: Observer | None) -> tuple[str, ...]:
-    own = observer is not None and ":" not in observer.network  # a ConvNet or a ResNet that ddgen builds
-    return (observer.network,) if own else ("convnet3",)
+    if observer is not None and ":" not in observer.network:  # a ConvNet or a ResNet that ddgen builds
+        return (observer.network,)
+    return ("convnet3",)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -645,7 +652,9 @@ def _load_on_all(accelerator: Accelerator, data: DataConfig, split: Literal["tra
 
 def _dataset_name(data: DataConfig) -> str:
     if data.dataset is None:
-        raise UserError("--dataset: not set; for instance --dataset tinyimagenet, or imagefolder with --data_dir FOLDER")
+        raise UserError(
+            "--dataset: not set; for instance --dataset tinyimagenet, or imagefolder with --data_dir FOLDER"
+        )
     native_image_size(data.dataset)
     return data.dataset
 

@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import difflib
 import io
-import os
 import re
 import sys
 import typing
@@ -40,7 +39,7 @@ class DataConfig:
     data_dir: str | None = None
     """Folder, zip or tar that holds the data. Default: the cache, then a download."""
     image_size: int | None = None
-    """Side of the square images in pixels. Default: the dataset's own (32, 64; 256 for ImageNet and its subsets; 64 for your own)."""
+    """Side of the square images in pixels. Default: the dataset's own; 256 for ImageNet, 64 for your own."""
     classes: str | None = None
     """Take only these classes: names separated by commas, in this order."""
     num_classes: int | None = None
@@ -69,9 +68,10 @@ class AutoencoderConfig:
     vae_latent_channels: int | None = None
     """Channels of a latent (d). Default: 4 at 32 px, 8 at 64 px, 4 above."""
     vae_patch: int = 1
-    """Pixels per side folded into channels before the residual networks: 1 is AutoencoderKL's layout, f does all its work at the latents' resolution (fast on a CPU)."""
+    """Side of the pixel blocks folded into channels before the residual networks. 1 is AutoencoderKL's layout; f works
+    at the latents' resolution, which is fast on a CPU."""
     vae_channels: tuple[int, ...] | None = None
-    """Width of the residual encoder and decoder at each resolution, log2(f / patch) + 1 numbers. Default: 64 128 128 ... ."""
+    """Width of the residual networks at each resolution, log2(f / patch) + 1 numbers. Default: 64 128 128 ... ."""
     vae_train_steps: int = 2000
     """Optimizer steps of the autoencoder; 0 keeps the closed-form patch PCA it starts from."""
     vae_batch_size: int = 64
@@ -135,7 +135,8 @@ class OptimizerConfig:
     ema_stds: tuple[float, ...] = (0.05, 0.10)
     """Relative widths of the power-function averages of the weights; the best by FD becomes the generator."""
     mixed_precision: Precision | None = None
-    """Autocast precision; weights stay float32. Default: what `accelerate launch` was given, otherwise bf16 where the hardware is fast at it."""
+    """Autocast precision; weights stay float32. Default: what `accelerate launch` was given, otherwise bf16 where the
+    hardware is fast at it."""
 
 
 @dataclass(frozen=True)
@@ -232,7 +233,8 @@ class TrainObserverConfig:
     data: DataConfig = field(default_factory=DataConfig)
     observer: ObserverConfig = field(default_factory=ObserverConfig)
     mixed_precision: Precision | None = None
-    """Autocast precision; weights stay float32. Default: what `accelerate launch` was given, otherwise bf16 where the hardware is fast at it."""
+    """Autocast precision; weights stay float32. Default: what `accelerate launch` was given, otherwise bf16 where the
+    hardware is fast at it."""
 
 
 @dataclass(frozen=True)
@@ -268,7 +270,8 @@ class SampleConfig:
     seed: int = 0
     """Seed of the candidates."""
     mixed_precision: Precision | None = None
-    """Autocast precision. Default: what `accelerate launch` was given, otherwise bf16 where the hardware is fast at it."""
+    """Autocast precision. Default: what `accelerate launch` was given, otherwise bf16 where the hardware is fast at
+    it."""
     dry_run: bool = False
     """Say what would happen and stop."""
 
@@ -301,7 +304,8 @@ class EvaluateConfig:
     seed: int = 0
     """Seed of the students and of the random baselines."""
     mixed_precision: Precision | None = None
-    """Autocast precision. Default: what `accelerate launch` was given, otherwise bf16 where the hardware is fast at it."""
+    """Autocast precision. Default: what `accelerate launch` was given, otherwise bf16 where the hardware is fast at
+    it."""
     dry_run: bool = False
     """Say what would happen and stop."""
 
@@ -327,7 +331,9 @@ _Loader.yaml_implicit_resolvers = {
     first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith((":bool", ":float", ":timestamp", ":int"))]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9][0-9_]*$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
@@ -407,7 +413,7 @@ def from_flat_dict(kind: type[Config], values: dict[str, Any], source: str) -> C
 
 def write_yaml(path: Path, config: Any) -> None:
     """Writes the resolved settings, readable again with ``--config``."""
-    path.write_text(yaml.safe_dump(_float_safe(to_flat_dict(config)), sort_keys=False), encoding="utf-8")
+    path.write_text(yaml.safe_dump(to_flat_dict(config), sort_keys=False), encoding="utf-8")
 
 
 def parse(kind: type[Config], argv: list[str] | None, prog: str) -> Config:
@@ -462,17 +468,13 @@ def _check_flags(kind: type, args: list[str]) -> None:
 def _cli(kind: type[Config], args: list[str], default: Config | None, source: str) -> Config:
     import tyro
 
-    extra = {} if default is None else {"default": default}
+    extra: dict[str, Any] = {} if default is None else {"default": default}
+    flat: Any = Annotated[kind, tyro.conf.OmitArgPrefixes]
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):
-            return tyro.cli(
-                Annotated[kind, tyro.conf.OmitArgPrefixes],  # type: ignore[arg-type]
-                args=args,
-                prog=source,
-                use_underscores=True,
-                **extra,
-            )
+            config: Config = tyro.cli(flat, args=args, prog=source, use_underscores=True, **extra)
+            return config
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
@@ -480,13 +482,10 @@ def _cli(kind: type[Config], args: list[str], default: Config | None, source: st
 
 
 def _one_line(report: str, source: str) -> str:
-    """Turns tyro's boxed error into one line."""
+    """Turns tyro's boxed error into one line: its sentence, without its heading and its copy of the help text."""
     lines = [re.sub(r"[│╭╮╰╯─]+", " ", line).strip() for line in report.splitlines()]
-    text = " ".join(line for line in lines if line and not line.startswith("For full helptext"))
-    text = re.sub(r"\s+", " ", text).removeprefix("Parsing error").strip()
+    text = re.sub(r"\s+", " ", " ".join(line for line in lines if not line.startswith("For full helptext")))
+    text = text.split(" Argument helptext:")[0].strip()
+    text = re.sub(r"^(Value error|Invalid choice|Missing argument|Unrecognized options|Parsing error) ", "", text)
+    text = text.removeprefix("Error parsing ").removesuffix(".")
     return f"{source}: {text}; see --help"
-
-
-def _float_safe(flat: dict[str, Any]) -> dict[str, Any]:
-    # PyYAML writes 1e-6 as `1.0e-06`, which YAML 1.1 readers take for a float too; infinities are refused earlier.
-    return {name: (os.fspath(value) if isinstance(value, os.PathLike) else value) for name, value in flat.items()}

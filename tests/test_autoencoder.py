@@ -64,7 +64,12 @@ def test_pca_latents_are_whitened_and_uncorrelated() -> None:
 def test_residual_autoencoder_starts_at_the_pca_and_ends_above_it() -> None:
     pixels = smooth_pixels(256)
     config = AutoencoderConfig(
-        vae_downsample=4, vae_latent_channels=6, vae_patch=2, vae_channels=(16, 16), vae_train_steps=40, vae_batch_size=16
+        vae_downsample=4,
+        vae_latent_channels=6,
+        vae_patch=2,
+        vae_channels=(16, 16),
+        vae_train_steps=40,
+        vae_batch_size=16,
     )
     model = build(config, 16)
     model.set_pca(*fit_pca(pixels, 4, 6, seed=0))
@@ -171,7 +176,10 @@ def test_save_and_load_give_the_same_autoencoder(tmp_path: Path) -> None:
         ({"vae_downsample": 2, "vae_latent_channels": 13}, "--vae_latent_channels 13: more than the 12 values"),
         ({"vae_downsample": 4, "vae_patch": 3}, "--vae_patch 3: --vae_downsample 4 must be"),
         ({"vae_downsample": 4, "vae_channels": (32,)}, "--vae_channels 32: 3 widths are needed"),
-        ({"vae_downsample": 2, "vae_patch": 2, "vae_channels": (20,)}, "--vae_channels 20: widths must be multiples of 16"),
+        (
+            {"vae_downsample": 2, "vae_patch": 2, "vae_channels": (20,)},
+            "--vae_channels 20: widths must be multiples of 16",
+        ),
     ],
 )
 def test_wrong_settings_are_named(settings: dict[str, object], message: str) -> None:
@@ -181,5 +189,5 @@ def test_wrong_settings_are_named(settings: dict[str, object], message: str) -> 
 
 
 def test_missing_pretrained_autoencoder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--vae .*nowhere.*hub id"):
+    with pytest.raises(UserError, match=r"--vae .*nowhere.*hub id"):
         load_pretrained(str(tmp_path / "nowhere" / "x" / "y"), CPU, "no")

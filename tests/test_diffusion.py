@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import subprocess
@@ -94,7 +95,7 @@ def test_logit_normal_timesteps_have_the_stated_quantiles() -> None:
 def test_timesteps_start_at_the_noisiest_and_never_repeat(steps: int) -> None:
     timesteps = ddim_timesteps(1000, steps)
     assert len(timesteps) == steps and timesteps[0] == 999 and timesteps[-1] >= 0
-    assert all(later < earlier for earlier, later in zip(timesteps, timesteps[1:], strict=False))
+    assert all(later < earlier for earlier, later in itertools.pairwise(timesteps))
 
 
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon"])
@@ -159,7 +160,9 @@ class CountingUNet:
 
 def test_guidance_by_hand_and_only_inside_its_interval() -> None:
     unet, labels, latents = CountingUNet(), torch.tensor([2, 4]), torch.zeros(2, 1, 1, 1)
-    denoise = guide(unet, labels, null_label=10, guidance_scale=3.0, guidance_interval=(0.3, 0.8), num_train_timesteps=1000)
+    denoise = guide(
+        unet, labels, null_label=10, guidance_scale=3.0, guidance_interval=(0.3, 0.8), num_train_timesteps=1000
+    )
     inside = denoise(latents, 499).flatten().tolist()
     assert inside == [10 + 3 * (2 - 10), 10 + 3 * (4 - 10)]
     for outside in (298, 800):
@@ -170,7 +173,9 @@ def test_guidance_by_hand_and_only_inside_its_interval() -> None:
 
 def test_guidance_of_one_is_one_forward() -> None:
     unet = CountingUNet()
-    denoise = guide(unet, torch.tensor([1]), null_label=3, guidance_scale=1.0, guidance_interval=(0, 1), num_train_timesteps=1000)
+    denoise = guide(
+        unet, torch.tensor([1]), null_label=3, guidance_scale=1.0, guidance_interval=(0, 1), num_train_timesteps=1000
+    )
     assert denoise(torch.zeros(1, 1, 1, 1), 500).item() == 1
     assert unet.batches == [1]
 

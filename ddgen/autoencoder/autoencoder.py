@@ -28,14 +28,15 @@ class Autoencoder:
         precision: Autocast precision, resolved.
     """
 
-    vae: nn.Module
+    vae: Any
     latents_mean: Tensor
     latents_std: Tensor
     precision: str
 
     @property
     def device(self) -> torch.device:
-        return next(self.vae.parameters()).device
+        device: torch.device = next(self.vae.parameters()).device
+        return device
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Encodes images (b, 3, h, w) in [-1, 1] to the raw mean and standard deviation, float32 (b, d, h', w')."""

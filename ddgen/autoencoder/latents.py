@@ -103,7 +103,7 @@ def _encode_all(autoencoder: Autoencoder, pixels: Tensor, path: Path, batch_size
     write_json(path / "statistics.json", statistics)
 
 
-def _standardise_in_place(means: np.ndarray, stds: np.ndarray, channel_mean: np.ndarray, channel_std: np.ndarray) -> None:
+def _standardise_in_place(means: np.memmap, stds: np.memmap, channel_mean: np.ndarray, channel_std: np.ndarray) -> None:
     centre, scale = channel_mean[:, None, None].astype(np.float32), channel_std[:, None, None].astype(np.float32)
     for side in range(len(means)):
         for start in range(0, means.shape[1], 4096):

@@ -49,7 +49,9 @@ class PatchAutoencoderKL(ModelMixin, ConfigMixin):
         super().__init__()
         levels = len(block_out_channels)
         if levels and patch * 2 ** (levels - 1) != downsample:
-            raise ValueError(f"{levels} widths and patch {patch} give f = {patch * 2 ** (levels - 1)}, not {downsample}")
+            raise ValueError(
+                f"{levels} widths and patch {patch} give f = {patch * 2 ** (levels - 1)}, not {downsample}"
+            )
         self.linear_encoder = nn.Conv2d(in_channels, latent_channels, downsample, stride=downsample)
         self.linear_decoder = nn.ConvTranspose2d(latent_channels, in_channels, downsample, stride=downsample)
         if not levels:
@@ -88,10 +90,10 @@ class PatchAutoencoderKL(ModelMixin, ConfigMixin):
         f, c = self.config.downsample, self.config.in_channels
         whitened = components / stds[:, None]
         self.linear_encoder.weight.copy_(whitened.reshape(-1, c, f, f))
-        self.linear_encoder.bias.copy_(-whitened @ mean)
+        self.linear_encoder.bias = nn.Parameter(-whitened @ mean)
         self.linear_decoder.weight.copy_((components * stds[:, None]).reshape(-1, c, f, f))
         # One bias a channel cannot hold a mean that varies inside the patch, so `fit_pca` gives a mean that does not.
-        self.linear_decoder.bias.copy_(mean.reshape(c, f * f).mean(1))
+        self.linear_decoder.bias = nn.Parameter(mean.reshape(c, f * f).mean(1))
 
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """Encodes images (b, c, h, w) in [-1, 1] to a posterior over latents (b, d, h / f, w / f)."""
@@ -112,6 +114,7 @@ class PatchAutoencoderKL(ModelMixin, ConfigMixin):
         return DecoderOutput(sample=images) if return_dict else (images,)
 
     def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, DiagonalGaussianDistribution]:
-        """Returns reconstructions of `x` from a latent drawn with the given standard normal `noise`, and the posterior."""
-        posterior = self.encode(x).latent_dist
-        return self.decode(posterior.mean + posterior.std * noise).sample, posterior
+        """Reconstructs `x` from a latent drawn with standard normal `noise`; returns images and posterior."""
+        (posterior,) = self.encode(x, return_dict=False)
+        (images,) = self.decode(posterior.mean + posterior.std * noise, return_dict=False)
+        return images, posterior

@@ -38,7 +38,9 @@ def build(config: AutoencoderConfig, image_size: int) -> PatchAutoencoderKL:
     f = config.vae_downsample or default_downsample(image_size)
     d = config.vae_latent_channels or (8 if 32 < image_size <= 64 else 4)
     if image_size % f:
-        raise UserError(f"--vae_downsample {f}: does not divide the image size {image_size}; use a power of two that does")
+        raise UserError(
+            f"--vae_downsample {f}: does not divide the image size {image_size}; use a power of two that does"
+        )
     if d > 3 * f * f:
         raise UserError(f"--vae_latent_channels {d}: more than the {3 * f * f} values of a patch; use fewer")
     if f % config.vae_patch or not math.log2(f // config.vae_patch).is_integer():
@@ -83,8 +85,8 @@ def train_autoencoder(
     """Trains an autoencoder on real images.
 
     The loss is the mean squared error (float32, images in [-1, 1]) plus weighted Kullback-Leibler and perceptual terms,
-    on images and, with `flip`, their mirror images. The weights kept are an exponential average. They never reconstruct held-out images
-    worse than patch PCA does: if training should end below it, the closed form is kept.
+    on images and, with `flip`, their mirror images. The weights kept are an exponential average. They never
+    reconstruct held-out images worse than patch PCA does: if training should end below it, the closed form is kept.
 
     Args:
         config: Settings.

@@ -1,4 +1,7 @@
-"""Power-function averages of the weights (Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models", section 3.1)."""
+"""Power-function averages of the weights.
+
+Source: Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models", section 3.1.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ class PowerEMA:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Moves every average towards the weights after optimizer step number `step`, counted from 1 (their eq. 121)."""
+        """Moves every average towards the weights after optimizer step number `step`, counted from 1 (eq. 121)."""
         live = [p.detach().float() for p in self.parameters]
         for std, average in self.averages.items():
             torch._foreach_lerp_(average, live, 1 - (1 - 1 / step) ** (self.gammas[std] + 1))

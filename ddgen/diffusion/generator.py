@@ -20,7 +20,7 @@ from ddgen.config import GuidanceConfig
 from ddgen.diffusion import pipeline
 from ddgen.diffusion.pipeline import guide, solve
 from ddgen.errors import UserError
-from ddgen.precision import autocast
+from ddgen.precision import autocast, memory_format
 from ddgen.seeds import torch_generator
 
 
@@ -37,7 +37,7 @@ class Generator:
         precision: Autocast precision, resolved.
     """
 
-    unet: UNet2DModel
+    unet: Any
     autoencoder: Autoencoder
     scheduler: DDIMScheduler
     class_names: tuple[str, ...]
@@ -83,9 +83,7 @@ class Generator:
             self.scheduler.config.num_train_timesteps,
         )
         with autocast(device, self.precision):
-            latents = solve(
-                denoise, noise.to(device), self.scheduler, settings.num_inference_steps, settings.sampler
-            )
+            latents = solve(denoise, noise.to(device), self.scheduler, settings.num_inference_steps, settings.sampler)
         return to_pixels(self.autoencoder.decode(latents.float())).cpu()
 
     def fingerprint(self) -> str:
@@ -126,8 +124,8 @@ def save_generator(generator: Generator, path: Path, card: str, *, replace_exist
         },
     }
     with atomic_dir(path, replace=replace_existing) as temporary:
-        generator.unet.save_pretrained(temporary / "unet")
-        vae.save_pretrained(temporary / "vae")
+        generator.unet.to(memory_format=torch.contiguous_format).save_pretrained(temporary / "unet")
+        generator.autoencoder.vae.save_pretrained(temporary / "vae")
         generator.scheduler.save_pretrained(temporary / "scheduler")
         shutil.copy(pipeline.__file__, temporary / "pipeline.py")
         if own:
@@ -144,13 +142,15 @@ def load_generator(path: Path, device: torch.device, precision: str) -> Generato
     """
     index_path = path / "model_index.json"
     if not index_path.is_file():
-        raise UserError(f"{path}: no finished generator here (model_index.json is missing); train one with train_ldm.py")
+        raise UserError(
+            f"{path}: no finished generator here (model_index.json is missing); train one with train_ldm.py"
+        )
     index = read_json(index_path)
     statistics = (torch.tensor(index["latents_mean"]), torch.tensor(index["latents_std"]))
     sampling = index["sampling"]
-    unet = UNet2DModel.from_pretrained(path / "unet", use_safetensors=True).to(device).eval().requires_grad_(False)
+    unet = UNet2DModel.from_pretrained(path / "unet", use_safetensors=True)
     return Generator(
-        unet=unet,
+        unet=unet.to(device, memory_format=memory_format(device, precision)).eval().requires_grad_(False),
         autoencoder=load_pretrained(str(path / "vae"), device, precision).with_statistics(*statistics),
         scheduler=DDIMScheduler.from_pretrained(path / "scheduler"),
         class_names=tuple(index["class_names"]),

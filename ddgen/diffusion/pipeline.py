@@ -1,13 +1,14 @@
 """The sampler and the diffusers pipeline that travels with the weights; imports nothing of ddgen.
 
-    from diffusers import DiffusionPipeline
-    pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
-    images = pipe(class_labels=[0, 1, 2]).images
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
+images = pipe(class_labels=[0, 1, 2]).images
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,9 @@ def ddim_timesteps(num_train_timesteps: int, num_inference_steps: int) -> list[i
     ]
 
 
-def to_x0_and_noise(output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: str) -> tuple[Tensor, Tensor]:
+def to_x0_and_noise(
+    output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: str
+) -> tuple[Tensor, Tensor]:
     """Converts a UNet's output at latents `x` = alpha x0 + sigma noise to estimates of x0 and noise.
 
     Source: Salimans & Ho 2022, "Progressive Distillation", appendix D (v = alpha noise - sigma x0).
@@ -103,9 +106,7 @@ def guide(
     return denoise
 
 
-def solve(
-    denoise: Denoise, latents: Tensor, scheduler: object, num_inference_steps: int, sampler: str
-) -> Tensor:
+def solve(denoise: Denoise, latents: Tensor, scheduler: Any, num_inference_steps: int, sampler: str) -> Tensor:
     """Runs one of the samplers from noise to latents; "ddim", or diffusers' "dpmsolver++" (2M) or "unipc".
 
     Args:
@@ -157,9 +158,9 @@ class LatentDiffusionPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        unet,
-        vae,
-        scheduler,
+        unet: Any,
+        vae: Any,
+        scheduler: Any,
         latents_mean: list[float] | None = None,
         latents_std: list[float] | None = None,
         class_names: list[str] | None = None,
@@ -172,7 +173,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         )
 
     @torch.no_grad()
-    def sample_latents(self, class_labels: Tensor, noise: Tensor, **overrides) -> Tensor:
+    def sample_latents(self, class_labels: Tensor, noise: Tensor, **overrides: Any) -> Tensor:
         """Turns noise into standardised latents.
 
         Args:
@@ -241,7 +242,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         }
         overrides = {name: value for name, value in given.items() if value is not None}
         latents = self.sample_latents(labels, noise.to(device, self.unet.dtype), **overrides)
-        images = latents if output_type == "latent" else self.decode_latents(latents).add(1).div(2)
+        images: Any = latents if output_type == "latent" else self.decode_latents(latents).add(1).div(2)
         if output_type in ("np", "pil"):
             images = images.permute(0, 2, 3, 1).cpu().numpy()
         if output_type == "pil":

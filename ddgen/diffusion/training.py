@@ -8,7 +8,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +33,7 @@ from ddgen.diffusion.objective import add_noise, build_scheduler, draw, loss_wei
 from ddgen.diffusion.unet import build_unet
 from ddgen.errors import UserError
 from ddgen.grids import image_grid
-from ddgen.precision import autocast
+from ddgen.precision import autocast, memory_format
 from ddgen.seeds import batch_indices, derive
 
 Monitor = Callable[[Tensor], dict[str, float]]
@@ -48,7 +48,9 @@ class Stopped(Exception):
     """
 
     def __init__(self, signal_number: int, checkpoint: Path) -> None:
-        super().__init__(f"stopped; go on with the same command and --resume_from_checkpoint latest ({checkpoint.name})")
+        super().__init__(
+            f"stopped; go on with the same command and --resume_from_checkpoint latest ({checkpoint.name})"
+        )
         self.signal_number = signal_number
 
 
@@ -83,10 +85,10 @@ class TrainingRun:
         if path.exists():
             return path
         with atomic_dir(path) as temporary:
-            save_file({k: v.contiguous() for k, v in self.unet.state_dict().items()}, temporary / "unet.safetensors")
+            _save_tensors(self.unet.state_dict(), temporary / "unet.safetensors")
             names = [name for name, _ in self.unet.named_parameters()]
             for std, average in self.ema.averages.items():
-                save_file(dict(zip(names, average, strict=True)), temporary / f"ema_{std}.safetensors")
+                _save_tensors(dict(zip(names, average, strict=True)), temporary / f"ema_{std}.safetensors")
             torch.save(self.optimizer.state_dict(), temporary / "optimizer.pt")
             scaler = self.scaler.state_dict() if self.scaler is not None else None
             write_json(temporary / "state.json", {"step": self.step, "identity": self.identity, "scaler": scaler})
@@ -99,7 +101,9 @@ class TrainingRun:
             UserError: It is not a checkpoint, or of another run.
         """
         if not (path / "state.json").is_file():
-            raise UserError(f"--resume_from_checkpoint {path}: not a checkpoint; give `latest` or a checkpoints/step-* folder")
+            raise UserError(
+                f"--resume_from_checkpoint {path}: not a checkpoint; give `latest` or a checkpoints/step-* folder"
+            )
         state = read_json(path / "state.json")
         for name, value in self.identity.items():
             if state["identity"].get(name) != value:
@@ -164,9 +168,7 @@ def train_diffusion(
         latent_channels=latents.mean.shape[2],
         latent_size=latents.mean.shape[3],
         num_classes=len(class_names),
-    ).to(device)
-    if device.type == "cuda":
-        unet = unet.to(memory_format=torch.channels_last)
+    ).to(device, memory_format=memory_format(device, precision))
     optim = config.optimizer
     optimizer = torch.optim.AdamW(
         unet.parameters(),
@@ -228,7 +230,7 @@ def train_diffusion(
             stop = _any_process(accelerator, stopping.get("signal", 0)) if report.at_boundary() else 0
             if run.step % config.run.checkpointing_steps == 0 or run.step == optim.max_train_steps or stop:
                 if main:
-                    path = run.save()
+                    run.save()
                     prune_checkpoints(run.checkpoints_dir, config.run.checkpoints_total_limit)
                 accelerator.wait_for_everyone()
             if stop:
@@ -244,6 +246,11 @@ def learning_rate(peak: float, step: int, config: TrainConfig) -> float:
     warm = min(1.0, (step + 1) / max(optim.lr_warmup_steps, 1))
     decay_steps = max(optim.lr_decay_fraction * optim.max_train_steps, 1)
     return peak * warm * min(1.0, (optim.max_train_steps - step) / decay_steps)
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Writes safetensors, which hold no channels-last layout."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
 
 def best_ema(distances: dict[str, list[tuple[int, float]]], stds: tuple[float, ...]) -> float:
@@ -390,8 +397,8 @@ class _Report:
         if not math.isfinite(value):
             last_good = latest_checkpoint(self.run.checkpoints_dir)
             raise UserError(
-                f"loss {value} in steps {self.run.step - len(self.losses) + 1} to {self.run.step}: lower --learning_rate"
-                f" or use --mixed_precision no; last good checkpoint: {last_good or 'none'}"
+                f"loss {value} in steps {self.run.step - len(self.losses) + 1} to {self.run.step}:"
+                f" lower --learning_rate or use --mixed_precision no; last good checkpoint: {last_good or 'none'}"
             )
         steps, seconds = self.run.step - self.clock_step, time.perf_counter() - self.clock
         rate = steps * self.config.optimizer.train_batch_size / max(seconds, 1e-9)
@@ -399,7 +406,9 @@ class _Report:
         self.bar.set_postfix(step=self.run.step, loss=f"{value:.4f}", refresh=False)
         lr = learning_rate(self.config.optimizer.learning_rate, self.run.step - 1, self.config)
         norm = float(self.norm)
-        self._write({"loss": value, "lr": lr, "grad_norm": norm if math.isfinite(norm) else None, "images_per_second": rate})
+        self._write(
+            {"loss": value, "lr": lr, "grad_norm": norm if math.isfinite(norm) else None, "images_per_second": rate}
+        )
 
     def _without_clock(self, work: Callable[[], None]) -> None:
         """Runs `work` without counting its time against the training rate."""
@@ -454,7 +463,7 @@ class _Report:
             pixels = gathered.reshape(world, len(mine), *pixels.shape[1:]).transpose(0, 1).flatten(0, 1)[:count]
         return pixels
 
-    def _write(self, values: dict[str, float | None]) -> None:
+    def _write(self, values: Mapping[str, float | None]) -> None:
         if not self.accelerator.is_main_process:
             return
         with open(self.metrics_path, "a", encoding="utf-8") as file:

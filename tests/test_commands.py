@@ -1,0 +1,423 @@
+"""The commands, run as a user runs them, on a small piece of the digits."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import evaluate
+import sample
+import train_ldm
+from ddgen import cli
+from ddgen.diffusion import training
+from ddgen.distill.dataset import DistilledDataset
+
+ROOT = Path(__file__).parents[1]
+SMALL = [
+    "--dataset",
+    "digits",
+    "--image_size",
+    "16",
+    "--num_classes",
+    "3",
+    "--mixed_precision",
+    "no",
+    "--unet_channels",
+    "32",
+    "32",
+    "--unet_layers_per_block",
+    "1",
+    "--vae_downsample",
+    "4",
+    "--vae_patch",
+    "4",
+    "--vae_channels",
+    "16",
+    "--vae_train_steps",
+    "4",
+    "--observer_network",
+    "convnet2",
+    "--observer_epochs",
+    "3",
+    "--observer_batch_size",
+    "32",
+    "--observer_learning_rate",
+    "0.05",
+    "--train_batch_size",
+    "8",
+    "--max_train_steps",
+    "8",
+    "--lr_warmup_steps",
+    "2",
+    "--log_every",
+    "1",
+    "--checkpointing_steps",
+    "4",
+    "--fid_every",
+    "4",
+    "--fid_num_images",
+    "12",
+    "--fid_num_inference_steps",
+    "3",
+    "--num_inference_steps",
+    "4",
+]
+
+
+def run_train(output_dir: Path, *extra: str) -> int:
+    return train_ldm.main([*SMALL, "--output_dir", str(output_dir), *extra])
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run that tests read, and never change."""
+    path = tmp_path_factory.mktemp("runs") / "digits"
+    assert run_train(path) == 0
+    return path
+
+
+@pytest.fixture
+def own_run(run_dir: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run that a test may change."""
+    return Path(shutil.copytree(run_dir, tmp_path / "runs" / "digits"))
+
+
+def metrics(path: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(path / "generator" / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def complaint(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a user is shown."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ddgen: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+# --- the chain
+
+
+def test_training_leaves_everything_the_design_names(run_dir: Path) -> None:
+    for name in ("config.yaml", "metrics.jsonl", "fid_curve.png", "generator/model_index.json", "generator/pipeline.py",
+                 "generator/README.md", "observer/config.json", "samples/step-00000008.png",
+                 "checkpoints/step-00000008/state.json"):  # fmt: skip
+        assert (run_dir / name).is_file(), name
+    lines = metrics(run_dir)
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 9))
+    points = [line for line in lines if any(name.startswith("fd_convnet2_12/") for name in line)]
+    assert [point["step"] for point in points] == [4, 8]
+    assert set(points[0]) == {"step"} | {f"{m}_convnet2_12/ema_{e}" for m in ("fd", "kid") for e in ("0.05", "0.1")}
+    index = json.loads((run_dir / "generator" / "model_index.json").read_text())
+    assert index["class_names"] == ["0", "1", "2"]
+    grid = Image.open(run_dir / "samples" / "step-00000008.png")
+    assert grid.width / grid.height == pytest.approx(8 / 3, rel=0.05)
+
+
+def test_the_three_commands_end_in_a_table(
+    own_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(own_run.parents[1])
+    assert sample.main(["--ipc", "2", "--mixed_precision", "no"]) == 0
+    out = capsys.readouterr().out
+    assert "run: runs/digits (the newest of 1 finished under runs/)" in out
+    assert "kept 6 of 24 candidates" in out
+    dataset = DistilledDataset.load(own_run / "distilled" / "ipc2")
+    assert dataset.class_names == ("0", "1", "2") and dataset.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert not (own_run / "pool").exists() or not list((own_run / "pool").iterdir())
+    selection = dataset.provenance["selection"]
+    assert selection["mean_realism_loss_kept"] < selection["mean_realism_loss_pool"]
+    assert dataset.realism.double().mean().item() == pytest.approx(selection["mean_realism_loss_kept"], rel=1e-6)
+    assert evaluate.main(["--epochs", "1", "--repeats", "1", "--mixed_precision", "no"]) == 0
+    out = capsys.readouterr().out
+    assert "random generated" in out and "random real" in out and "distilled" in out
+    results = json.loads((own_run / "evaluation" / "ipc2" / "results.json").read_text())
+    assert len(results["rows"]) == 6
+    assert (own_run / "evaluation" / "ipc2" / "accuracy.png").is_file()
+    assert "| distilled |" in (own_run / "distilled" / "ipc2" / "README.md").read_text()
+    DistilledDataset.load(own_run / "distilled" / "ipc2")
+
+
+def test_the_same_sample_command_twice_gives_the_same_bytes(own_run: Path, tmp_path: Path) -> None:
+    args = ["--run_dir", str(own_run), "--ipc", "2", "--mixed_precision", "no", "--output_dir"]
+    assert sample.main([*args, str(tmp_path / "a")]) == 0
+    assert sample.main([*args, str(tmp_path / "b")]) == 0
+    files = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file())
+    assert len(files) >= 6 + 6
+    for name in files:
+        if name.name in ("README.md", "manifest.json"):  # they name the command, which names the folder
+            continue
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+
+def test_batch_size_does_not_change_the_images(own_run: Path, tmp_path: Path) -> None:
+    args = ["--run_dir", str(own_run), "--ipc", "8", "--candidates_per_image", "1", "--mixed_precision", "no"]
+    for size in ("8", "32"):
+        assert sample.main([*args, "--sample_batch_size", size, "--output_dir", str(tmp_path / size)]) == 0
+    a, b = (DistilledDataset.load(tmp_path / size) for size in ("8", "32"))
+    order_a, order_b = (torch.argsort(d.labels * 1000 + d.indices) for d in (a, b))
+    assert (a.pixels[order_a].int() - b.pixels[order_b].int()).abs().max() <= 1
+
+
+def test_a_kept_pool_is_not_sampled_again(own_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = ["--run_dir", str(own_run), "--mixed_precision", "no", "--keep_pool"]
+    assert sample.main([*args, "--ipc", "2", "--output_dir", str(tmp_path / "a")]) == 0
+
+    def never(*_: object) -> None:
+        raise AssertionError("sampled again")
+
+    monkeypatch.setattr("ddgen.diffusion.generator.Generator.sample", never)
+    assert sample.main([*args, "--ipc", "1", "--output_dir", str(tmp_path / "b")]) == 0
+    large, small = DistilledDataset.load(tmp_path / "a"), DistilledDataset.load(tmp_path / "b")
+    assert len(small) == 3 and max(small.indices) < 4 <= 8
+    assert len(large) == 6
+
+
+# --- resuming
+
+
+@pytest.mark.parametrize("stop_at", [4, 5])
+def test_a_stopped_and_resumed_run_is_bit_for_bit_the_uninterrupted_one(
+    stop_at: int, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    after_step = training._Report.after_step
+
+    def stop(self: training._Report, loss: torch.Tensor, norm: torch.Tensor) -> None:
+        after_step(self, loss, norm)
+        if self.run.step == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    path = tmp_path / "digits"
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Report, "after_step", stop)
+        assert run_train(path) == 143
+    assert "resume_from_checkpoint latest" in capsys.readouterr().out
+    assert not (path / "generator").exists()
+    assert run_train(path, "--resume_from_checkpoint", "latest") == 0
+    expected = weights(run_dir)
+    for name, tensor in weights(path).items():
+        assert torch.equal(tensor, expected[name]), name
+    assert metrics(path) == metrics(run_dir)
+    for name in ("ema_0.05.safetensors", "ema_0.1.safetensors", "unet.safetensors"):
+        ours, theirs = (load_file(p / "checkpoints" / "step-00000008" / name) for p in (path, run_dir))
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(run_dir: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(run_dir, tmp_path / "digits"))
+    shutil.rmtree(path / "checkpoints")
+    shutil.rmtree(path / "generator")
+    with open(path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 9, "lo')  # killed while writing
+    assert run_train(path, "--resume_from_checkpoint", "latest") == 0
+    assert metrics(path) == metrics(run_dir)
+    assert all(torch.equal(tensor, weights(run_dir)[name]) for name, tensor in weights(path).items())
+
+
+def test_accumulated_micro_batches_are_one_batch(run_dir: Path, tmp_path: Path) -> None:
+    assert run_train(tmp_path / "digits", "--gradient_accumulation_steps", "4", "--fid_every", "0") == 0
+    ours = [line["loss"] for line in metrics(tmp_path / "digits")]
+    theirs = [line["loss"] for line in metrics(run_dir) if "loss" in line]
+    assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+# --- processes
+
+
+def test_two_processes_train_and_sample_like_one(run_dir: Path, tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu",
+              "--num_cpu_threads_per_process", "1"]  # fmt: skip
+
+    def run(script: str, *args: str) -> None:
+        done = subprocess.run(
+            [*launch, str(ROOT / script), *args], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    run("train_ldm.py", *SMALL, "--output_dir", "two")
+    ours = [line["loss"] for line in metrics(tmp_path / "two") if "loss" in line]
+    theirs = [line["loss"] for line in metrics(run_dir) if "loss" in line]
+    assert ours == pytest.approx(theirs, rel=1e-3)
+
+    options = ["--ipc", "2", "--mixed_precision", "no"]
+    run("sample.py", "--run_dir", str(tmp_path / "two"), *options, "--output_dir", "by-two")
+    assert sample.main(["--run_dir", str(tmp_path / "two"), *options, "--output_dir", str(tmp_path / "by-one")]) == 0
+    two, one = DistilledDataset.load(tmp_path / "by-two"), DistilledDataset.load(tmp_path / "by-one")
+    assert torch.equal(two.indices, one.indices)
+    assert (two.pixels.int() - one.pixels.int()).abs().max() <= 1
+
+
+# --- other ways to train
+
+
+def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_train(tmp_path / "digits", "--dry_run") == 0
+    out = capsys.readouterr().out
+    assert "8 steps of 8 images" in out and "latents 4 x 4 x 4" in out
+    assert not (tmp_path / "digits").exists()
+
+
+def test_tensorboard_receives_the_metrics(run_dir: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    path = tmp_path / "digits"
+    assert (
+        run_train(path, "--report_to", "tensorboard", "--observer", str(run_dir / "observer"), "--fid_every", "8") == 0
+    )
+    accumulator = EventAccumulator(str(path / "ddgen"))
+    accumulator.Reload()
+    assert [event.step for event in accumulator.Scalars("loss")] == list(range(1, 9))
+    assert [event.step for event in accumulator.Scalars("fd_convnet2_12/ema_0.05")] == [8]
+
+
+def test_an_observer_alone_serves_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = [
+        s
+        for s in " ".join(SMALL).split("--")
+        if s.split(" ")[0].startswith(("dataset", "image", "num_classes", "mixed", "observer"))
+    ]
+    argv = " ".join("--" + s for s in wanted).split()
+    assert cli.main(["observer", *argv, "--output_dir", str(tmp_path / "observer")]) == 0
+    assert "on held-out real images" in capsys.readouterr().out
+    assert run_train(tmp_path / "run", "--observer", str(tmp_path / "observer"), "--max_train_steps", "1") == 0
+    ours, theirs = (load_file(p / "model.safetensors") for p in (tmp_path / "observer", tmp_path / "run" / "observer"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+# --- what goes wrong
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        (
+            ["--train_batch_size", "9", "--gradient_accumulation_steps", "2"],
+            "--train_batch_size 9: must be a multiple of 2",
+        ),
+        (["--mixed_precision", "fp16"], "--mixed_precision fp16: CPUs silently run float32"),
+        (["--classes", "1,eleven"], "eleven"),
+        (["--num_classes", "11"], "--num_classes 11"),
+        (["--vae", "no/such/autoencoder"], "--vae no/such/autoencoder"),
+        (["--inception_weights", "nowhere.pth"], "--inception_weights nowhere.pth: no such file"),
+        (["--resume_from_checkpoint", "nowhere"], "--resume_from_checkpoint nowhere: no such folder"),
+        (["--observer", "./nowhere"], "--observer ./nowhere: no such folder"),
+        (["--unet_channels", "32", "32", "32", "32"], "4 resolutions do not fit 4 x 4 latents"),
+    ],
+)
+def test_impossible_settings_stop_before_training(
+    extra: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_train(tmp_path / "digits", *extra) == 2
+    assert expected in complaint(capsys)
+
+
+def test_no_dataset_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_ldm.main([]) == 2
+    assert "--dataset: not set" in complaint(capsys)
+
+
+def test_a_used_output_folder_is_not_touched(own_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted((p, p.stat().st_mtime_ns) for p in own_run.rglob("*"))
+    assert run_train(own_run) == 2
+    assert "not empty; add --resume_from_checkpoint latest to go on" in complaint(capsys)
+    assert sorted((p, p.stat().st_mtime_ns) for p in own_run.rglob("*")) == before
+
+
+def test_resuming_with_other_settings_is_refused(own_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_train(own_run, "--resume_from_checkpoint", "latest", "--learning_rate", "0.5") == 2
+    assert "learning_rate 0.001, not 0.5" in complaint(capsys)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "loss_weights", lambda alpha, *_: alpha * float("nan"))
+    assert run_train(tmp_path / "digits", "--observer", str(run_dir / "observer")) == 2
+    message = complaint(capsys)
+    assert "loss nan in steps 1 to 1" in message and "last good checkpoint: none" in message
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--run_dir", "nowhere"], "--run_dir nowhere: no finished run"),
+        ([], "--run_dir: no finished run under runs/"),
+        (["--ipc", "0"], "--ipc 0"),
+    ],
+)
+def test_sampling_without_a_run_says_so(
+    argv: list[str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert sample.main(argv) == 2
+    assert expected in complaint(capsys)
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--num_inference_steps", "1001"], "--num_inference_steps 1001: give 1 to 1000"),
+        (["--guidance_interval", "0.9", "0.1"], "--guidance_interval 0.9 0.1"),
+        (["--sampler", "euler"], "euler"),
+        (["--soft_label_temperature", "0"], "--soft_label_temperature 0"),
+    ],
+)
+def test_impossible_sampling_is_named(
+    argv: list[str], expected: str, own_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sample.main(["--run_dir", str(own_run), "--ipc", "1", "--mixed_precision", "no", *argv]) == 2
+    assert expected in complaint(capsys)
+    assert not (own_run / "distilled").exists()
+
+
+def test_an_existing_distilled_dataset_is_replaced_only_when_asked(
+    own_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["--run_dir", str(own_run), "--ipc", "1", "--mixed_precision", "no"]
+    assert sample.main(args) == 0
+    assert sample.main(args) == 2
+    assert "exists already; give another, or --overwrite" in complaint(capsys)
+    assert sample.main([*args, "--overwrite", "--seed", "1"]) == 0
+    assert set(DistilledDataset.load(own_run / "distilled" / "ipc1").seeds.tolist()) == {1}
+
+
+def test_another_class_order_is_refused(own_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = own_run / "observer" / "config.json"
+    observer = json.loads(config.read_text())
+    observer["class_names"] = ["0", "2", "1"]
+    config.write_text(json.dumps(observer))
+    assert sample.main(["--run_dir", str(own_run), "--ipc", "1"]) == 2
+    message = complaint(capsys)
+    assert "1" in message and "2" in message and "--observer" in message
+
+
+def test_evaluating_without_a_distilled_dataset_says_so(own_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate.main(["--run_dir", str(own_run)]) == 2
+    assert "no distilled dataset in it yet" in complaint(capsys)
+    assert evaluate.main(["--distilled_dir", str(own_run), "--output_dir", str(own_run / "out")]) == 2
+    assert "no manifest.json" in complaint(capsys)
+
+
+def test_pixels_are_what_the_files_hold(own_run: Path) -> None:
+    assert sample.main(["--run_dir", str(own_run), "--ipc", "1", "--mixed_precision", "no"]) == 0
+    folder = own_run / "distilled" / "ipc1"
+    dataset = DistilledDataset.load(folder)
+    first = np.asarray(Image.open(folder / "train" / "0" / "00000.png"))
+    assert np.array_equal(first, dataset.pixels[0].permute(1, 2, 0).numpy())
