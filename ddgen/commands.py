@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import json
 import shlex
 import shutil
@@ -106,6 +108,7 @@ def train(config: TrainConfig) -> int:
             dataset.labels,
             autoencoder,
             dataset.class_names,
+            dataset.image_size,
             accelerator=accelerator,
             precision=precision,
             output_dir=output_dir,
@@ -631,6 +634,8 @@ def _default_students(observer: Observer | None) -> tuple[str, ...]:
 def _accelerator(
     mixed_precision: str | None, report_to: str = "none", project_dir: Path | None = None
 ) -> tuple[Accelerator, str]:
+    if report_to != "none" and importlib.util.find_spec(report_to) is None:
+        raise UserError(f"--report_to {report_to}: not installed; pip install {report_to}, or leave it out")
     patience = timedelta(hours=24)  # the others wait while the first process trains the observer
     device = PartialState(timeout=patience).device
     precision = resolve_precision(mixed_precision, device)
@@ -685,8 +690,6 @@ def _command_line() -> str:
 
 
 def _short_hash(settings: dict[str, Any]) -> str:
-    import hashlib
-
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
 
 

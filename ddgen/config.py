@@ -470,10 +470,13 @@ def _cli(kind: type[Config], args: list[str], default: Config | None, source: st
 
     extra: dict[str, Any] = {} if default is None else {"default": default}
     flat: Any = Annotated[kind, tyro.conf.OmitArgPrefixes]
+    description = f"{kind.__doc__} --config FILE.yaml reads settings from a file; flags stand over it."
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):
-            config: Config = tyro.cli(flat, args=args, prog=source, use_underscores=True, **extra)
+            config: Config = tyro.cli(
+                flat, args=args, prog=source, description=description, use_underscores=True, **extra
+            )
             return config
     except SystemExit as stop:
         if stop.code in (0, None):

@@ -25,54 +25,15 @@ from ddgen.distill.dataset import DistilledDataset
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
-    "--dataset",
-    "digits",
-    "--image_size",
-    "16",
-    "--num_classes",
-    "3",
-    "--mixed_precision",
-    "no",
-    "--unet_channels",
-    "32",
-    "32",
-    "--unet_layers_per_block",
-    "1",
-    "--vae_downsample",
-    "4",
-    "--vae_patch",
-    "4",
-    "--vae_channels",
-    "16",
-    "--vae_train_steps",
-    "4",
-    "--observer_network",
-    "convnet2",
-    "--observer_epochs",
-    "3",
-    "--observer_batch_size",
-    "32",
-    "--observer_learning_rate",
-    "0.05",
-    "--train_batch_size",
-    "8",
-    "--max_train_steps",
-    "8",
-    "--lr_warmup_steps",
-    "2",
-    "--log_every",
-    "1",
-    "--checkpointing_steps",
-    "4",
-    "--fid_every",
-    "4",
-    "--fid_num_images",
-    "12",
-    "--fid_num_inference_steps",
-    "3",
-    "--num_inference_steps",
-    "4",
+    *["--dataset", "digits", "--image_size", "16", "--num_classes", "3", "--mixed_precision", "no"],
+    *["--vae_downsample", "4", "--vae_patch", "4", "--vae_channels", "16", "--vae_train_steps", "4"],
+    *["--unet_channels", "32", "32", "--unet_layers_per_block", "1"],
+    *["--observer_network", "convnet2", "--observer_epochs", "3", "--observer_batch_size", "32"],
+    *["--observer_learning_rate", "0.05", "--train_batch_size", "8", "--max_train_steps", "8"],
+    *["--lr_warmup_steps", "2", "--log_every", "1", "--checkpointing_steps", "4", "--num_inference_steps", "4"],
+    *["--fid_every", "4", "--fid_num_images", "12", "--fid_num_inference_steps", "3"],
 ]
+OBSERVER_ONLY = [*SMALL[:8], *SMALL[SMALL.index("--observer_network") : SMALL.index("--train_batch_size")]]
 
 
 def run_train(output_dir: Path, *extra: str) -> int:
@@ -124,8 +85,8 @@ def test_training_leaves_everything_the_design_names(run_dir: Path) -> None:
     assert set(points[0]) == {"step"} | {f"{m}_convnet2_12/ema_{e}" for m in ("fd", "kid") for e in ("0.05", "0.1")}
     index = json.loads((run_dir / "generator" / "model_index.json").read_text())
     assert index["class_names"] == ["0", "1", "2"]
-    grid = Image.open(run_dir / "samples" / "step-00000008.png")
-    assert grid.width / grid.height == pytest.approx(8 / 3, rel=0.05)
+    with Image.open(run_dir / "samples" / "step-00000008.png") as grid:
+        assert grid.width / grid.height == pytest.approx(8 / 3, rel=0.05)
 
 
 def test_the_three_commands_end_in_a_table(
@@ -287,13 +248,7 @@ def test_tensorboard_receives_the_metrics(run_dir: Path, tmp_path: Path) -> None
 
 
 def test_an_observer_alone_serves_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    wanted = [
-        s
-        for s in " ".join(SMALL).split("--")
-        if s.split(" ")[0].startswith(("dataset", "image", "num_classes", "mixed", "observer"))
-    ]
-    argv = " ".join("--" + s for s in wanted).split()
-    assert cli.main(["observer", *argv, "--output_dir", str(tmp_path / "observer")]) == 0
+    assert cli.main(["observer", *OBSERVER_ONLY, "--output_dir", str(tmp_path / "observer")]) == 0
     assert "on held-out real images" in capsys.readouterr().out
     assert run_train(tmp_path / "run", "--observer", str(tmp_path / "observer"), "--max_train_steps", "1") == 0
     ours, theirs = (load_file(p / "model.safetensors") for p in (tmp_path / "observer", tmp_path / "run" / "observer"))
@@ -419,5 +374,6 @@ def test_pixels_are_what_the_files_hold(own_run: Path) -> None:
     assert sample.main(["--run_dir", str(own_run), "--ipc", "1", "--mixed_precision", "no"]) == 0
     folder = own_run / "distilled" / "ipc1"
     dataset = DistilledDataset.load(folder)
-    first = np.asarray(Image.open(folder / "train" / "0" / "00000.png"))
+    with Image.open(folder / "train" / "0" / "00000.png") as image:
+        first = np.asarray(image)
     assert np.array_equal(first, dataset.pixels[0].permute(1, 2, 0).numpy())

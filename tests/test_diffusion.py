@@ -256,7 +256,13 @@ def generator() -> Generator:
     autoencoder = wrap(vae, CPU, "no").with_statistics(torch.arange(4.0) / 10, torch.arange(1.0, 5.0))
     sampling = GuidanceConfig(num_inference_steps=6, guidance_scale=2.0)
     return Generator(
-        unet.eval().requires_grad_(False), autoencoder, build_scheduler(CONFIG), ("ant", "bee", "cat"), sampling, "no"
+        unet.eval().requires_grad_(False),
+        autoencoder,
+        build_scheduler(CONFIG),
+        ("ant", "bee", "cat"),
+        16,
+        sampling,
+        "no",
     )
 
 

@@ -18,7 +18,7 @@ from ddgen.autoencoder.pca import fit_pca
 from ddgen.config import AutoencoderConfig
 from ddgen.errors import UserError
 from ddgen.precision import autocast
-from ddgen.seeds import batch_indices, numpy_generator, torch_generator
+from ddgen.seeds import batch_indices, derive, numpy_generator, torch_generator
 
 PerceptualLoss = Callable[[Tensor, Tensor], Tensor]
 NUM_VALIDATION_IMAGES = 512
@@ -101,6 +101,7 @@ def train_autoencoder(
         The autoencoder, without latent statistics, and {"psnr", "psnr_pca"} in dB on held-out training images.
     """
     device = accelerator.device
+    torch.manual_seed(derive(seed, "autoencoder", "weights"))
     model = build(config, pixels.shape[-1])
     f, d = model.config.downsample, model.config.latent_channels
     order = torch.from_numpy(numpy_generator(seed, "autoencoder", "holdout").permutation(len(pixels)))

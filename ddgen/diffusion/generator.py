@@ -33,6 +33,7 @@ class Generator:
         autoencoder: Decodes the latents.
         scheduler: Holds the training schedule.
         class_names: Name of every class, in label order.
+        image_size: Side of the images in pixels.
         sampling: How to sample.
         precision: Autocast precision, resolved.
     """
@@ -41,15 +42,9 @@ class Generator:
     autoencoder: Autoencoder
     scheduler: DDIMScheduler
     class_names: tuple[str, ...]
+    image_size: int
     sampling: GuidanceConfig
     precision: str
-
-    @property
-    def image_size(self) -> int:
-        """Side of the images in pixels."""
-        probe = self.autoencoder.vae.config
-        factor = getattr(probe, "downsample", None) or 2 ** (len(probe.block_out_channels) - 1)
-        return int(self.unet.config.sample_size * factor)
 
     def with_sampling(self, **overrides: Any) -> Generator:
         """Returns this generator with some sampling settings replaced; None keeps one."""
@@ -116,6 +111,7 @@ def save_generator(generator: Generator, path: Path, card: str, *, replace_exist
         "latents_mean": generator.autoencoder.latents_mean.flatten().tolist(),
         "latents_std": generator.autoencoder.latents_std.flatten().tolist(),
         "class_names": list(generator.class_names),
+        "image_size": generator.image_size,
         "sampling": {
             "num_inference_steps": generator.sampling.num_inference_steps,
             "guidance_scale": generator.sampling.guidance_scale,
@@ -154,6 +150,7 @@ def load_generator(path: Path, device: torch.device, precision: str) -> Generato
         autoencoder=load_pretrained(str(path / "vae"), device, precision).with_statistics(*statistics),
         scheduler=DDIMScheduler.from_pretrained(path / "scheduler"),
         class_names=tuple(index["class_names"]),
+        image_size=index["image_size"],
         sampling=GuidanceConfig(**sampling | {"guidance_interval": tuple(sampling["guidance_interval"])}),
         precision=precision,
     )

@@ -151,6 +151,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         latents_mean: Mean of the raw latents per channel, d numbers.
         latents_std: Standard deviation of the raw latents per channel, d numbers.
         class_names: Name of every class, in label order.
+        image_size: Side of the images in pixels.
         sampling: Default settings: num_inference_steps, guidance_scale, guidance_interval, sampler.
     """
 
@@ -164,12 +165,17 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         latents_mean: list[float] | None = None,
         latents_std: list[float] | None = None,
         class_names: list[str] | None = None,
+        image_size: int | None = None,
         sampling: dict | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(unet=unet, vae=vae, scheduler=scheduler)
         self.register_to_config(
-            latents_mean=latents_mean, latents_std=latents_std, class_names=class_names, sampling=sampling
+            latents_mean=latents_mean,
+            latents_std=latents_std,
+            class_names=class_names,
+            image_size=image_size,
+            sampling=sampling,
         )
 
     @torch.no_grad()

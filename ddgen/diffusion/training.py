@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -129,6 +130,7 @@ def train_diffusion(
     labels: Tensor,
     autoencoder: Autoencoder,
     class_names: tuple[str, ...],
+    image_size: int,
     *,
     accelerator: Accelerator,
     precision: str,
@@ -145,6 +147,7 @@ def train_diffusion(
         labels: Their classes, int64 (n,).
         autoencoder: Decodes samples.
         class_names: In label order.
+        image_size: Side of the images in pixels.
         accelerator: Device, processes, trackers.
         precision: Autocast precision, resolved.
         output_dir: The run folder; gets metrics.jsonl, samples/, checkpoints/.
@@ -189,12 +192,14 @@ def train_diffusion(
     if resume_from is not None:
         run.load(resume_from)
         accelerator.print(f"resumed from {resume_from.name}")
-    report = _Report(config, run, autoencoder, class_names, scheduler, precision, accelerator, monitor, on_metrics)
+    report = _Report(
+        config, run, autoencoder, class_names, image_size, scheduler, precision, accelerator, monitor, on_metrics
+    )
     ddp, prepared = accelerator.prepare(unet, optimizer)
     unet.train()
 
     # --- loop
-    with _stop_signals() as stopping:
+    with _stop_signals() as stopping, closing(report):
         while run.step < optim.max_train_steps:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(optim.learning_rate, run.step, config)
@@ -234,9 +239,7 @@ def train_diffusion(
                     prune_checkpoints(run.checkpoints_dir, config.run.checkpoints_total_limit)
                 accelerator.wait_for_everyone()
             if stop:
-                report.close()
                 raise Stopped(stop, latest_checkpoint(run.checkpoints_dir) or output_dir)
-    report.close()
     return report.generator(best_ema(run.distances, optim.ema_stds))
 
 
@@ -260,20 +263,18 @@ def best_ema(distances: dict[str, list[tuple[int, float]]], stds: tuple[float, .
 
 
 def _identity(config: TrainConfig, latents: LatentCache, class_names: tuple[str, ...]) -> dict[str, Any]:
-    """What must be the same in a run and in its resumption."""
-    optim = config.optimizer
-    return {
+    """What must be the same in a run and in its resumption; how the work is spread over hardware may change."""
+    settings = {**dataclasses.asdict(config.denoiser), **dataclasses.asdict(config.optimizer)}
+    for name in ("mixed_precision", "gradient_accumulation_steps"):
+        del settings[name]
+    settings |= {
         "seed": config.run.seed,
-        "class_names": list(class_names),
+        "class_names": class_names,
         "num_images": latents.mean.shape[1],
-        "latent_shape": list(latents.mean.shape[2:]),
-        "preset": config.denoiser.preset,
-        "train_batch_size": optim.train_batch_size,
-        "max_train_steps": optim.max_train_steps,
-        "learning_rate": optim.learning_rate,
-        "ema_stds": list(optim.ema_stds),
-        "prediction_type": config.denoiser.prediction_type,
+        "random_flip": config.data.may_flip,
+        "latent_shape": tuple(latents.mean.shape[2:]),
     }
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
 
 
 def _micro_batches(batch_size: int, accumulation: int, accelerator: Accelerator) -> list[slice]:
@@ -332,6 +333,7 @@ class _Report:
         run: TrainingRun,
         autoencoder: Autoencoder,
         class_names: tuple[str, ...],
+        image_size: int,
         scheduler: Any,
         precision: str,
         accelerator: Accelerator,
@@ -346,6 +348,7 @@ class _Report:
             autoencoder=autoencoder,
             scheduler=scheduler,
             class_names=class_names,
+            image_size=image_size,
             sampling=config.guidance,
             precision=precision,
         )
