@@ -12,6 +12,7 @@ from typing import Any
 
 from ddgen.config import EvaluateConfig, SampleConfig, TrainConfig, TrainObserverConfig, parse
 from ddgen.errors import UserError
+from ddgen.launch import start_asked_for_processes
 
 COMMANDS: dict[str, tuple[type, str]] = {
     "train": (TrainConfig, "train the observer, the autoencoder and the diffusion model"),
@@ -25,9 +26,14 @@ def run(command: str, argv: list[str] | None = None, prog: str | None = None) ->
     """Runs one command and returns its exit code: 0, 2 for a mistake of the user's, 130 or 143 when stopped."""
     try:
         config: Any = parse(COMMANDS[command][0], argv, prog or f"ddgen {command}")
+        if argv is None:
+            start_asked_for_processes()
         return _command(command)(config)
     except UserError as error:
         return _complain(error)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _complain(UserError(f"{where}{error.strerror or error}"))
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
@@ -43,6 +49,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if args else 2
     if args[0] not in COMMANDS:
         return _complain(UserError(f"{args[0]}: unknown command; one of {', '.join(COMMANDS)}"))
+    if argv is None:
+        start_asked_for_processes()
     return run(args[0], args[1:])
 
 
@@ -59,6 +67,7 @@ def _command(name: str) -> Callable[[Any], int]:
 
 
 def _complain(error: UserError) -> int:
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(f"ddgen: {' '.join(str(error).split())}", file=sys.stderr)
+    rank = int(os.environ.get("RANK", "0"))
+    name = f"ddgen (process {rank})" if rank else "ddgen"  # a mistake that only one process sees must not be silent
+    print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
     return 2

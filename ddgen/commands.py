@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -19,19 +19,20 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.nn import functional as F
 
 from ddgen.autoencoder import autoencoder as autoencoders
-from ddgen.autoencoder.autoencoder import Autoencoder, to_images
+from ddgen.autoencoder.autoencoder import Autoencoder, check_fits, to_images
 from ddgen.autoencoder.latents import LatentCache, build_latent_cache
 from ddgen.autoencoder.training import build as build_autoencoder
 from ddgen.autoencoder.training import psnr, train_autoencoder
-from ddgen.checkpoint import latest_checkpoint, write_json
+from ddgen.checkpoint import latest_checkpoint, read_json, write_bytes, write_json
 from ddgen.config import (
     DataConfig,
     EvaluateConfig,
+    ObserverConfig,
     SampleConfig,
     TrainConfig,
     TrainObserverConfig,
@@ -41,18 +42,20 @@ from ddgen.config import (
     write_yaml,
 )
 from ddgen.data import ImageDataset, check_class_order, load_dataset, native_image_size
-from ddgen.diffusion.generator import Generator, load_generator, save_generator
-from ddgen.diffusion.training import Stopped, train_diffusion
+from ddgen.diffusion.generator import Generator, check_sampling, load_generator, save_generator
+from ddgen.diffusion.training import Stopped, micro_batches, train_diffusion
 from ddgen.diffusion.unet import build_unet
 from ddgen.distill.dataset import DistilledDataset, update_results
 from ddgen.distill.pool import CandidatePool
 from ddgen.distill.relabel import soft_labels
-from ddgen.distill.select import select_most_realistic
+from ddgen.distill.select import select_most_realistic, select_random
 from ddgen.errors import UserError
 from ddgen.evaluation.curve import draw_fid_curve
 from ddgen.evaluation.evaluate import evaluate as evaluate_students
 from ddgen.evaluation.frechet import DistanceMonitor, inception_extractor, observer_extractor
 from ddgen.evaluation.report import format_table
+from ddgen.launch import asked_for_cpu
+from ddgen.observer.networks import build_network
 from ddgen.observer.observer import Observer
 from ddgen.observer.realism import RealismScores, check_observer, measure_accuracy, realism_losses
 from ddgen.observer.training import train_observer
@@ -72,24 +75,24 @@ def train(config: TrainConfig) -> int:
     accelerator, precision = _accelerator(config.optimizer.mixed_precision, config.monitor.report_to, output_dir)
     say = accelerator.print
     dataset = _load_on_all(accelerator, config.data, "train")
+    given = _check_training(config, dataset, accelerator, precision)
     if config.run.dry_run:
-        say(_describe_training(config, dataset, output_dir, accelerator, precision))
+        say(_describe_training(config, dataset, given, output_dir, accelerator, precision))
         return 0
     extractor = inception_extractor(config.monitor.inception_weights)  # a wrong file is found now
     if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        write_yaml(output_dir / "config.yaml", config)
-        if dataset.skipped:
-            write_json(output_dir / "skipped_images.json", dataset.skipped)
+        _write_run_facts(config, dataset, output_dir)
     accelerator.wait_for_everyone()
     say(f"{dataset.name}: {len(dataset):,} training images, {dataset.num_classes} classes, {dataset.image_size} px")
+    if accelerator.num_processes > 1:
+        say(f"{accelerator.num_processes} processes")
 
-    observer = _observer_of_run(config, dataset, output_dir / "observer", accelerator, precision)
+    observer = _observer_of_run(config, given, dataset, output_dir / "observer", accelerator, precision)
     say(f"observer: {observer.network}, {observer.accuracy:.1%} on held-out real images")
-    autoencoder, latents = _autoencoder_of_run(config, dataset, observer, output_dir, accelerator, precision)
+    autoencoder, latents = _autoencoder_of_run(config, given, dataset, observer, output_dir, accelerator, precision)
 
     monitor = None
-    if config.monitor.fid_every:
+    if config.monitor.fid_every and accelerator.is_main_process:
         monitor = DistanceMonitor(
             dataset,
             extractor or observer_extractor(observer),
@@ -118,9 +121,8 @@ def train(config: TrainConfig) -> int:
         )
     except Stopped as stopped:
         say(str(stopped))
-        return 128 + stopped.signal_number
-    finally:
         accelerator.end_training()
+        return 128 + stopped.signal_number
     if accelerator.is_main_process:
         card = _generator_card(config, dataset, generator)
         save_generator(generator, output_dir / "generator", card, replace_existing=True)
@@ -130,39 +132,49 @@ def train(config: TrainConfig) -> int:
         say(f"FID curve:   {output_dir / 'fid_curve.png'}")
     say(f"samples:     {output_dir / 'samples'}")
     say(f"next:        python sample.py --run_dir {shlex.quote(str(output_dir))} --ipc 10")
+    accelerator.end_training()
     return 0
 
 
 def train_observer_alone(config: TrainObserverConfig) -> int:
     """Trains an observer and writes it to --output_dir; default runs/<dataset>-observer."""
     name = _dataset_name(config.data)
-    output_dir = Path(config.run.output_dir or RUNS_DIR / f"{name}-observer")
+    output_dir = Path(config.output_dir or RUNS_DIR / f"{name}-observer")
     if output_dir.exists():
         raise UserError(f"--output_dir {output_dir}: exists already; choose another, or remove it")
     if config.observer.observer is not None:
         raise UserError(f"--observer {config.observer.observer}: this command trains one; use --observer_network")
     accelerator, precision = _accelerator(config.mixed_precision)
     dataset = _load_on_all(accelerator, config.data, "train")
-    if config.run.dry_run:
+    if config.dry_run:
         accelerator.print(f"would train {config.observer.observer_network} on {len(dataset):,} images -> {output_dir}")
         return 0
-    observer = _train_observer(
-        config.observer, config.data, dataset, output_dir, accelerator, precision, config.run.seed
-    )
+    observer = _train_observer(config.observer, config.data, dataset, output_dir, accelerator, precision, config.seed)
     accelerator.print(f"{observer.accuracy:.1%} on held-out real images; use it with --observer {output_dir}")
     return 0
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What the user brings instead of having it trained; loaded before anything is written."""
+
+    observer: Observer | None
+    autoencoder: Autoencoder | None
 
 
 def _run_folder(config: TrainConfig) -> tuple[Path, Path | None]:
     """Returns the run's folder and the checkpoint to go on from."""
     output_dir = Path(config.run.output_dir or RUNS_DIR / _dataset_name(config.data))
     resume = config.run.resume_from_checkpoint
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"--output_dir {output_dir}: is a file; choose another")
     if resume is None:
         if output_dir.exists() and any(output_dir.iterdir()):
             raise UserError(
                 f"--output_dir {output_dir}: not empty; add --resume_from_checkpoint latest to go on, or choose another"
             )
         return output_dir, None
+    _check_same_recipe(config, output_dir)
     if resume == "latest":
         return output_dir, latest_checkpoint(output_dir / "checkpoints")
     if not Path(resume).is_dir():
@@ -172,22 +184,104 @@ def _run_folder(config: TrainConfig) -> tuple[Path, Path | None]:
     return output_dir, Path(resume)
 
 
-def _observer_of_run(
-    config: TrainConfig, dataset: ImageDataset, path: Path, accelerator: Accelerator, precision: str
-) -> Observer:
-    """Loads the observer that was named or that the run already has; otherwise trains one."""
-    if path.is_dir():
-        observer = Observer.load(path, dataset.class_names)
-    elif config.observer.observer is not None:
+# What a resumed run may do otherwise than the run it resumes: where things are, what is watched, how it is spread.
+_MAY_CHANGE = {
+    *("output_dir", "resume_from_checkpoint", "dry_run", "data_dir", "cache_dir", "skip_bad_images"),
+    *("checkpointing_steps", "checkpoints_total_limit", "log_every", "report_to", "sample_every", "fid_every"),
+    *("fid_num_images", "fid_num_inference_steps", "inception_weights", "mixed_precision"),
+    *("gradient_accumulation_steps", "num_inference_steps", "guidance_scale", "guidance_interval", "sampler"),
+}
+_OF_OBSERVER = {"observer", *(name for name in vars(ObserverConfig()) if name.startswith("observer_"))}
+
+
+def _check_same_recipe(config: TrainConfig, output_dir: Path) -> None:
+    """Refuses to go on with other settings than the run was started with."""
+    if not (output_dir / "config.yaml").is_file():
+        return
+    before, now = to_flat_dict(_run_config(output_dir)), to_flat_dict(config)
+    # Without an observer in the run yet, one that was too weak may be trained otherwise.
+    free = _MAY_CHANGE | (set() if (output_dir / "observer").is_dir() else _OF_OBSERVER)
+    for name in sorted(now.keys() - free):
+        if before[name] != now[name]:
+            raise UserError(
+                f"--{name} {now[name]}: {output_dir} was started with {before[name]}; use that, or another --output_dir"
+            )
+
+
+def _check_training(config: TrainConfig, dataset: ImageDataset, accelerator: Accelerator, precision: str) -> _Given:
+    """Finds settings that cannot be honoured before anything is trained or written."""
+    processes, optim = accelerator.num_processes, config.optimizer
+    micro_batches(optim.train_batch_size, optim.gradient_accumulation_steps, accelerator)
+    check_sampling(config.guidance)
+    check_sampling(replace(config.guidance, num_inference_steps=config.monitor.fid_num_inference_steps))
+    autoencoder = None
+    if config.autoencoder.vae is not None:
+        autoencoder = autoencoders.load_pretrained(config.autoencoder.vae, accelerator.device, precision)
+        check_fits(autoencoder, config.autoencoder.vae, dataset.pixels[:2])
+    elif config.autoencoder.vae_batch_size % processes:
+        raise UserError(
+            f"--vae_batch_size {config.autoencoder.vae_batch_size}: must be a multiple of the {processes} processes"
+        )
+    d, side = _latent_shape(config, autoencoder, dataset)
+    build_unet(config.denoiser, latent_channels=d, latent_size=side, num_classes=dataset.num_classes)
+    observer = None
+    if config.observer.observer is not None:
         observer = Observer.load(config.observer.observer, dataset.class_names)
+    else:
+        size = config.observer.observer_input_size or dataset.image_size
+        build_network(config.observer.observer_network, dataset.num_classes, size)
+    return _Given(observer, autoencoder)
+
+
+def _latent_shape(config: TrainConfig, given: Autoencoder | None, dataset: ImageDataset) -> tuple[int, int]:
+    if given is not None:
+        mean, _ = given.encode(to_images(dataset.pixels[:1]))
+        return mean.shape[1], mean.shape[2]
+    vae = build_autoencoder(config.autoencoder, dataset.image_size)
+    return vae.config.latent_channels, dataset.image_size // vae.config.downsample
+
+
+def _write_run_facts(config: TrainConfig, dataset: ImageDataset, output_dir: Path) -> None:
+    """Writes the settings, and what later commands must know of the data without having it."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    data_dir = None if config.data.data_dir is None else str(Path(config.data.data_dir).resolve())
+    run = replace(config.run, resume_from_checkpoint=None, dry_run=False)
+    write_yaml(output_dir / "config.yaml", replace(config, run=run, data=replace(config.data, data_dir=data_dir)))
+    facts = {
+        "name": dataset.name,
+        "fingerprint": dataset.fingerprint,
+        "licence": dataset.licence,
+        "num_images": len(dataset),
+        "class_names": list(dataset.class_names),
+        "skipped": dataset.skipped,
+    }
+    write_json(output_dir / "dataset.json", facts)
+
+
+def _observer_of_run(
+    config: TrainConfig, given: _Given, dataset: ImageDataset, path: Path, accelerator: Accelerator, precision: str
+) -> Observer:
+    """Loads the observer that the run already has, or takes the one that was given; otherwise trains one."""
+    exists = path.is_dir()
+    accelerator.wait_for_everyone()  # all have looked before anyone writes
+    if exists:
+        observer = Observer.load(path, dataset.class_names)
+    elif given.observer is not None:
+        observer = given.observer
         if observer.accuracy is None:
             observer.accuracy = _held_out_accuracy(observer, config.data, accelerator, precision)
+        check_observer(observer, dataset.class_names)
         if accelerator.is_main_process:
             observer.save(path)
     else:
         observer = _train_observer(config.observer, config.data, dataset, path, accelerator, precision, config.run.seed)
     accelerator.wait_for_everyone()
-    check_observer(observer, dataset.class_names)
+    try:
+        check_observer(observer, dataset.class_names)
+    except UserError:
+        if accelerator.is_main_process:
+            shutil.rmtree(path)  # so that the same run can go on with a better one
+        raise
     return observer.to(accelerator.device).requires_grad_(False)
 
 
@@ -221,19 +315,20 @@ def _train_observer(
 
 def _autoencoder_of_run(
     config: TrainConfig,
+    given: _Given,
     dataset: ImageDataset,
     observer: Observer,
     output_dir: Path,
     accelerator: Accelerator,
     precision: str,
 ) -> tuple[Autoencoder, LatentCache]:
-    """Loads or trains the autoencoder and encodes every training image."""
+    """Takes the autoencoder that the run has or was given, or trains one, and encodes every training image."""
     path, device = output_dir / "autoencoder", accelerator.device
-    if path.is_dir():
-        autoencoder = autoencoders.load(path, device, precision)
-    else:
-        if config.autoencoder.vae is not None:
-            autoencoder = autoencoders.load_pretrained(config.autoencoder.vae, device, precision)
+    exists = path.is_dir()
+    accelerator.wait_for_everyone()  # all have looked before anyone writes
+    if not exists:
+        if given.autoencoder is not None:
+            autoencoder = given.autoencoder
             report = {"psnr": psnr(autoencoder, dataset.pixels[:: max(len(dataset) // 512, 1)][:512])}
         else:
             autoencoder, report = train_autoencoder(
@@ -250,17 +345,15 @@ def _autoencoder_of_run(
         if accelerator.is_main_process:
             autoencoders.save(autoencoder, path, **report)
         accelerator.wait_for_everyone()
-    fingerprint = f"{autoencoder.fingerprint()}-{dataset.fingerprint}"
-    cache = partial(
-        build_latent_cache,
-        autoencoder,
-        dataset.pixels,
-        output_dir / "latents",
-        flip=config.data.may_flip,
-        fingerprint=fingerprint,
-    )
+    autoencoder = autoencoders.load(path, device, precision)
     with accelerator.main_process_first():
-        return cache()
+        return build_latent_cache(
+            autoencoder,
+            dataset.pixels,
+            output_dir / "latents",
+            flip=config.data.may_flip,
+            fingerprint=f"{autoencoder.fingerprint()}-{dataset.fingerprint}",
+        )
 
 
 def _perceptual_loss(observer: Observer) -> Callable[[Tensor, Tensor], Tensor]:
@@ -274,30 +367,25 @@ def _perceptual_loss(observer: Observer) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def _describe_training(
-    config: TrainConfig, dataset: ImageDataset, output_dir: Path, accelerator: Accelerator, precision: str
+    config: TrainConfig,
+    dataset: ImageDataset,
+    given: _Given,
+    output_dir: Path,
+    accelerator: Accelerator,
+    precision: str,
 ) -> str:
-    if config.autoencoder.vae is None:
-        vae = build_autoencoder(config.autoencoder, dataset.image_size)
-        f, d, size = vae.config.downsample, vae.config.latent_channels, sum(p.numel() for p in vae.parameters())
-        autoencoder = f"f{f} d{d}, {size / 1e6:.1f}M parameters, {config.autoencoder.vae_train_steps} steps"
-        side = dataset.image_size // f
-    else:
-        loaded = autoencoders.load_pretrained(config.autoencoder.vae, accelerator.device, precision)
-        mean, _ = loaded.encode(to_images(dataset.pixels[:1]))
-        d, side = mean.shape[1], mean.shape[2]
-        autoencoder = f"{config.autoencoder.vae}, latents {d} x {side} x {side}"
+    d, side = _latent_shape(config, given.autoencoder, dataset)
     unet = build_unet(config.denoiser, latent_channels=d, latent_size=side, num_classes=dataset.num_classes)
     optim = config.optimizer
     epochs = optim.max_train_steps * optim.train_batch_size / len(dataset)
+    size = f"{dataset.image_size} px"
     return "\n".join(
         [
             "dry run: the settings and the data are fine; nothing was written",
-            f"  data         {dataset.name}, {len(dataset):,} images, {dataset.num_classes} classes,"
-            f" {dataset.image_size} px",
+            f"  data         {dataset.name}, {len(dataset):,} images, {dataset.num_classes} classes, {size}",
             f"  observer     {config.observer.observer or config.observer.observer_network}",
-            f"  autoencoder  {autoencoder}",
-            f"  denoiser     {sum(p.numel() for p in unet.parameters()) / 1e6:.1f}M parameters,"
-            f" latents {d} x {side} x {side}",
+            f"  autoencoder  {config.autoencoder.vae or 'trained from patch PCA'}, latents {d} x {side} x {side}",
+            f"  denoiser     {sum(p.numel() for p in unet.parameters()) / 1e6:.1f}M parameters",
             f"  training     {optim.max_train_steps:,} steps of {optim.train_batch_size} images, {epochs:.1f} epochs",
             f"  device       {accelerator.device}, {accelerator.num_processes} process(es), precision {precision}",
             f"  output       {output_dir}",
@@ -364,7 +452,7 @@ def sample(config: SampleConfig) -> int:
         guidance_interval=config.guidance_interval,
         sampler=config.sampler,
     )
-    _check_sampling(generator)
+    check_sampling(generator.sampling, generator.scheduler.config.num_train_timesteps)
     observer = Observer.load(config.observer or run_dir / "observer", generator.class_names)
     if observer.accuracy is None:
         observer.accuracy = _held_out_accuracy(observer, run_config.data, accelerator, precision)
@@ -385,6 +473,8 @@ def sample(config: SampleConfig) -> int:
             seed=config.seed,
             settings=settings,
         )
+    if config.keep_pool and accelerator.is_main_process:
+        (pool_dir / "keep").touch()
     with clock("sampling"):
         pool.fill(
             lambda labels, indices: generator.sample(labels, indices, config.seed),
@@ -396,8 +486,8 @@ def sample(config: SampleConfig) -> int:
         )
         accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        _distill(config, run_config, generator, observer, pool, count, output_dir, precision, accelerator, clock)
-        if not config.keep_pool:
+        _distill(config, run_dir, run_config, generator, observer, pool, count, output_dir, precision, clock)
+        if not (pool_dir / "keep").exists():
             shutil.rmtree(pool_dir)
     accelerator.wait_for_everyone()
     return 0
@@ -405,6 +495,7 @@ def sample(config: SampleConfig) -> int:
 
 def _distill(
     config: SampleConfig,
+    run_dir: Path,
     run_config: TrainConfig,
     generator: Generator,
     observer: Observer,
@@ -412,15 +503,14 @@ def _distill(
     count: int,
     output_dir: Path,
     precision: str,
-    accelerator: Accelerator,
     clock: _Clock,
 ) -> None:
     """Ranks the pool class by class, keeps the best, relabels them and writes everything."""
     scores = partial(
-        realism_losses, observer, batch_size=RANKING_BATCH_SIZE, device=accelerator.device, precision=precision
+        realism_losses, observer, batch_size=RANKING_BATCH_SIZE, device=generator.unet.device, precision=precision
     )
     parts: list[tuple[Tensor, Tensor, RealismScores, Tensor]] = []
-    first: list[Tensor] = []
+    random: list[Tensor] = []
     pool_loss = pool_correct = 0.0
     with clock("ranking"):
         for label in range(len(pool.class_names)):
@@ -428,7 +518,7 @@ def _distill(
             score = scores(pixels=pixels, labels=torch.full((count,), label))
             keep = select_most_realistic(score.loss, config.ipc, indices)
             parts.append((pixels[keep], indices[keep], _rows(score, keep), torch.full((config.ipc,), label)))
-            first.append(pixels[: config.ipc].clone())
+            random.append(pixels[select_random(count, config.ipc, config.seed, label)])
             pool_loss += score.loss.double().mean().item() / len(pool.class_names)
             pool_correct += (score.predicted == label).double().mean().item() / len(pool.class_names)
     labels = torch.cat([part[3] for part in parts])
@@ -449,13 +539,12 @@ def _distill(
         seeds=torch.full((len(labels),), config.seed),
         indices=torch.cat([part[1] for part in parts]),
         class_names=generator.class_names,
-        provenance=_provenance(config, run_config, generator, observer, precision, selection),
+        provenance=_provenance(config, run_dir, run_config, generator, observer, precision, selection),
     )
     with clock("writing"):
         dataset.save(output_dir, overwrite=config.overwrite)
-        baseline = _random_generated_path(output_dir)
-        baseline.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"pixels": torch.cat(first), "labels": labels.contiguous()}, baseline)
+        baseline = {"pixels": torch.cat(random), "labels": labels.contiguous()}
+        write_bytes(_random_generated_path(run_dir, output_dir), save(baseline))
     clock.say(
         f"kept {len(labels):,} of {selection['candidates']:,} candidates: mean realism loss"
         f" {selection['mean_realism_loss_kept']:.3f} (pool {pool_loss:.3f}); the observer names the class of"
@@ -473,23 +562,24 @@ def _rows(score: RealismScores, keep: Tensor) -> RealismScores:
 
 def _provenance(
     config: SampleConfig,
+    run_dir: Path,
     run_config: TrainConfig,
     generator: Generator,
     observer: Observer,
     precision: str,
     selection: dict[str, float],
 ) -> dict[str, Any]:
-    real = load_dataset(run_config.data, "train", progress=False)
+    real = read_json(run_dir / "dataset.json")
     check_class_order(
-        real.class_names, generator.class_names, expected_name="the training images", found_name="the generator"
+        real["class_names"], generator.class_names, expected_name="the training images", found_name="the generator"
     )
     sampling, optim = generator.sampling, run_config.optimizer
     return {
-        "dataset": real.name,
-        "dataset_fingerprint": real.fingerprint,
-        "licence": real.licence,
-        "num_source_images": len(real),
-        "skipped_source_images": real.skipped,
+        "dataset": real["name"],
+        "dataset_fingerprint": real["fingerprint"],
+        "licence": real["licence"],
+        "num_source_images": real["num_images"],
+        "skipped_source_images": real["skipped"],
         "command": _command_line(),
         "seed": config.seed,
         "generator_fingerprint": generator.fingerprint(),
@@ -523,22 +613,6 @@ def _pool_settings(generator: Generator, precision: str, device: torch.device) -
     }
 
 
-def _check_sampling(generator: Generator) -> None:
-    sampling, steps = generator.sampling, generator.scheduler.config.num_train_timesteps
-    if not 1 <= sampling.num_inference_steps <= steps:
-        raise UserError(f"--num_inference_steps {sampling.num_inference_steps}: give 1 to {steps}")
-    low, high = sampling.guidance_interval
-    if not 0 <= low <= high <= 1:
-        raise UserError(f"--guidance_interval {low} {high}: give two numbers between 0 and 1, the smaller first")
-    if sampling.guidance_scale < 0:
-        raise UserError(f"--guidance_scale {sampling.guidance_scale}: give 1 for none, or more")
-
-
-def _random_generated_path(distilled_dir: Path) -> Path:
-    """Where sample.py leaves as many unselected candidates, for the report's random-generated rows."""
-    return distilled_dir.parent / ".baselines" / f"{distilled_dir.name}.safetensors"
-
-
 # ---------------------------------------------------------------------------------------------------------
 # evaluate
 
@@ -560,8 +634,7 @@ def evaluate(config: EvaluateConfig) -> int:
         print(f"dry run: {', '.join(students)} x {', '.join(config.protocols)} x {config.repeats} on {distilled_dir}")
         return 0
     print(f"evaluating {distilled_dir} on the {len(test_images):,} test images of {test_images.name}")
-    baseline = _random_generated_path(distilled_dir)
-    generated = load_file(baseline) if baseline.is_file() else None
+    generated = _load_random_generated(run_dir, distilled_dir)
     results = evaluate_students(
         distilled,
         train_images,
@@ -585,6 +658,19 @@ def evaluate(config: EvaluateConfig) -> int:
     print(f"distilled dataset: {distilled_dir}")
     print(f"preview:           {distilled_dir / 'preview.png'}")
     return 0
+
+
+def _random_generated_path(run_dir: Path, distilled_dir: Path) -> Path:
+    """Where sample.py leaves as many candidates, drawn at random, for the report's random-generated rows."""
+    return run_dir / "baselines" / f"random-generated-{distilled_dir.name}.safetensors"
+
+
+def _load_random_generated(run_dir: Path | None, distilled_dir: Path) -> dict[str, Tensor] | None:
+    path = None if run_dir is None else _random_generated_path(run_dir, distilled_dir)
+    if path is None or not path.is_file():
+        print("no random-generated rows: sample.py left no unselected candidates of this dataset")
+        return None
+    return load_file(path)
 
 
 def _what_to_evaluate(config: EvaluateConfig) -> tuple[Path | None, Path]:
@@ -637,7 +723,7 @@ def _accelerator(
     if report_to != "none" and importlib.util.find_spec(report_to) is None:
         raise UserError(f"--report_to {report_to}: not installed; pip install {report_to}, or leave it out")
     patience = timedelta(hours=24)  # the others wait while the first process trains the observer
-    device = PartialState(timeout=patience).device
+    device = PartialState(cpu=asked_for_cpu(), timeout=patience).device
     precision = resolve_precision(mixed_precision, device)
     accelerator = Accelerator(
         mixed_precision=precision,

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import math
 import re
 import sys
 import typing
@@ -100,8 +101,6 @@ class DenoiserConfig:
     """Dropout inside the residual blocks."""
     class_dropout: float = 0.1
     """Probability of replacing a label by the null class in training, for classifier-free guidance."""
-    prediction_type: Literal["v_prediction", "epsilon"] = "v_prediction"
-    """What the UNet predicts."""
     timestep_sampling: Literal["logit_normal", "uniform"] = "logit_normal"
     """How training timesteps are drawn."""
     logit_mean: float = 0.0
@@ -229,7 +228,12 @@ class TrainConfig:
 class TrainObserverConfig:
     """Train an observer alone."""
 
-    run: RunConfig = field(default_factory=RunConfig)
+    output_dir: str | None = None
+    """Where the observer goes. Default: runs/<dataset>-observer."""
+    seed: int = 0
+    """Seed of everything random."""
+    dry_run: bool = False
+    """Check the settings and the data, say what would happen, and stop."""
     data: DataConfig = field(default_factory=DataConfig)
     observer: ObserverConfig = field(default_factory=ObserverConfig)
     mixed_precision: Precision | None = None
@@ -313,6 +317,30 @@ class EvaluateConfig:
 # ---------------------------------------------------------------------------------------------------------
 # YAML and flags -> dataclass
 
+RANGES: dict[str, tuple[float, float]] = {
+    **{name: (1, math.inf) for name in (
+        "num_classes", "vae_downsample", "vae_latent_channels", "vae_patch", "vae_channels", "vae_batch_size",
+        "unet_channels", "unet_layers_per_block", "train_batch_size", "max_train_steps", "gradient_accumulation_steps",
+        "fid_num_inference_steps", "log_every", "num_inference_steps", "observer_epochs", "observer_batch_size",
+        "observer_input_size", "checkpointing_steps", "checkpoints_total_limit", "ipc", "candidates_per_image",
+        "sample_batch_size", "repeats", "epochs",
+    )},
+    **{name: (0, math.inf) for name in (
+        "vae_train_steps", "vae_kl_weight", "vae_perceptual_weight", "unet_attention_levels", "lr_warmup_steps",
+        "adam_weight_decay", "fid_every", "sample_every", "guidance_scale",
+    )},
+    **{name: (1e-12, math.inf) for name in (
+        "vae_learning_rate", "learning_rate", "max_grad_norm", "observer_learning_rate", "logit_std", "snr_gamma",
+        "soft_label_temperature",
+    )},
+    **{name: (0, 1) for name in ("unet_dropout", "class_dropout", "lr_decay_fraction", "guidance_interval")},
+    "observer_holdout": (0.001, 0.9),
+    "fid_num_images": (2, math.inf),
+    "ema_stds": (0.005, 0.25),
+    "seed": (0, 2**63 - 1),
+}  # fmt: skip
+"""Smallest and largest value of every number, both allowed; of every number of a list likewise."""
+
 Config = TypeVar("Config")
 
 
@@ -352,6 +380,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror or error}; give the path of a YAML file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--config {path}: not text; give the path of a YAML file") from None
     except yaml.YAMLError as error:
         raise UserError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from None
     if values is None:
@@ -429,9 +459,12 @@ def parse(kind: type[Config], argv: list[str] | None, prog: str) -> Config:
     """
     args = list(sys.argv[1:] if argv is None else argv)
     config_path, args = _take_config(args)
+    args = _spell_out_switches(kind, args)
     _check_flags(kind, args)
     default = from_flat_dict(kind, read_yaml(config_path), f"--config {config_path}") if config_path else None
-    return _cli(kind, args, default, prog)
+    config = _cli(kind, args, default, prog)
+    _check_ranges(config)
+    return config
 
 
 def _take_config(args: list[str]) -> tuple[str | None, list[str]]:
@@ -447,6 +480,33 @@ def _take_config(args: list[str]) -> tuple[str | None, list[str]]:
             rest.append(args[index])
             index += 1
     return path, rest
+
+
+def _spell_out_switches(kind: type, args: list[str]) -> list[str]:
+    """Lets switches that have a derived default be used like the others: --random_flip and --no_random_flip."""
+    derived = {name for name, (_, hint) in settings(kind).items() if hint == bool | None}
+    spelled: list[str] = []
+    for arg, following in zip(args, [*args, "--"][1:], strict=True):
+        name = arg.removeprefix("--").replace("-", "_")
+        if arg.startswith("--no") and name.removeprefix("no_") in derived:
+            spelled += [f"--{name.removeprefix('no_')}", "False"]
+        elif arg.startswith("--") and name in derived and following.startswith("--"):
+            spelled += [arg, "True"]
+        else:
+            spelled.append(arg)
+    return spelled
+
+
+def _check_ranges(config: Any) -> None:
+    for name, value in to_flat_dict(config).items():
+        low, high = RANGES.get(name, (-math.inf, math.inf))
+        numbers = value if isinstance(value, list) else [value]
+        if name in ("ema_stds", "protocols") and not numbers:
+            raise UserError(f"--{name}: empty; give at least one")
+        for number in numbers:
+            if isinstance(number, (int, float)) and not isinstance(number, bool) and not low <= number <= high:
+                allowed = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"
+                raise UserError(f"--{name} {number}: give {allowed}")
 
 
 def _did_you_mean(name: str, known: typing.Iterable[str]) -> str:

@@ -23,6 +23,8 @@ def resolve_precision(requested: str | None, device: torch.device) -> str:
         UserError: A format the device computes wrongly or not at all.
     """
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if requested is None and launched not in ("no", *DTYPES):
+        raise UserError(f"accelerate's mixed_precision {launched}: not supported; use bf16, fp16 or no")
     precision = requested or (launched if launched in DTYPES else ("bf16" if _fast_bf16(device) else "no"))
     if precision == "fp16" and device.type == "cpu":
         raise UserError("--mixed_precision fp16: CPUs silently run float32 instead; use bf16 or no")

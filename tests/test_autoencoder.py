@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +16,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from sklearn.decomposition import PCA
 
 from ddgen.autoencoder import autoencoder as autoencoders
-from ddgen.autoencoder.autoencoder import load_pretrained, to_images, to_pixels, wrap
+from ddgen.autoencoder.autoencoder import check_fits, load_pretrained, to_images, to_pixels, wrap
 from ddgen.autoencoder.latents import build_latent_cache
 from ddgen.autoencoder.patch_autoencoder import PatchAutoencoderKL
 from ddgen.autoencoder.pca import fit_pca
@@ -22,6 +25,7 @@ from ddgen.config import AutoencoderConfig
 from ddgen.errors import UserError
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[1]
 
 
 def smooth_pixels(count: int, size: int = 16, seed: int = 0) -> torch.Tensor:
@@ -157,6 +161,33 @@ def test_loads_diffusers_autoencoders(tmp_path: Path, kind: str) -> None:
     with torch.inference_mode():
         expected = model.eval().decode(mean).sample.clamp(-1, 1)
     assert torch.allclose(vae.decode(vae.standardise(mean)), expected, atol=1e-4)
+
+
+def test_loads_the_autoencoder_of_a_pipeline_on_the_hub(tmp_path: Path) -> None:
+    """By hub id, out of a hub cache that looks as a download leaves it."""
+    repository = tmp_path / "hub" / "models--someone--tiny-pipeline"
+    snapshot = repository / "snapshots" / "0123456789012345678901234567890123456789"
+    PatchAutoencoderKL(block_out_channels=()).save_pretrained(snapshot / "vae")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(snapshot.name)
+    missing = repository / ".no_exist" / snapshot.name
+    missing.mkdir(parents=True)
+    (missing / "config.json").touch()
+    script = """
+import torch
+from ddgen.autoencoder.autoencoder import load_pretrained
+print(type(load_pretrained("someone/tiny-pipeline", torch.device("cpu"), "no").vae).__name__)
+"""
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "PatchAutoencoderKL", done.stderr
+
+
+def test_an_autoencoder_of_another_size_is_named() -> None:
+    vae = wrap(PatchAutoencoderKL(downsample=4, block_out_channels=()), CPU, "no")
+    check_fits(vae, "x", smooth_pixels(2, size=16))
+    with pytest.raises(UserError, match="--vae x: makes 16 px of 18 px images"):
+        check_fits(vae, "x", smooth_pixels(2, size=18))
 
 
 def test_save_and_load_give_the_same_autoencoder(tmp_path: Path) -> None:

@@ -142,10 +142,11 @@ def test_a_kept_pool_is_not_sampled_again(own_run: Path, tmp_path: Path, monkeyp
         raise AssertionError("sampled again")
 
     monkeypatch.setattr("ddgen.diffusion.generator.Generator.sample", never)
-    assert sample.main([*args, "--ipc", "1", "--output_dir", str(tmp_path / "b")]) == 0
+    assert sample.main([*args[:-1], "--ipc", "1", "--output_dir", str(tmp_path / "b")]) == 0
     large, small = DistilledDataset.load(tmp_path / "a"), DistilledDataset.load(tmp_path / "b")
-    assert len(small) == 3 and max(small.indices) < 4 <= 8
-    assert len(large) == 6
+    assert len(small) == 3 and len(large) == 6
+    assert all((large.pixels == image).flatten(1).all(1).any() for image in small.pixels)
+    assert list((own_run / "pool").iterdir())  # it was kept on purpose, so it stays
 
 
 # --- resuming
@@ -204,13 +205,14 @@ def test_two_processes_train_and_sample_like_one(run_dir: Path, tmp_path: Path) 
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu",
               "--num_cpu_threads_per_process", "1"]  # fmt: skip
 
-    def run(script: str, *args: str) -> None:
+    def run(script: str, *args: str) -> str:
         done = subprocess.run(
             [*launch, str(ROOT / script), *args], cwd=tmp_path, env=environment, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
 
-    run("train_ldm.py", *SMALL, "--output_dir", "two")
+    assert "\n2 processes\n" in run("train_ldm.py", *SMALL, "--output_dir", "two")
     ours = [line["loss"] for line in metrics(tmp_path / "two") if "loss" in line]
     theirs = [line["loss"] for line in metrics(run_dir) if "loss" in line]
     assert ours == pytest.approx(theirs, rel=1e-3)
@@ -269,6 +271,13 @@ def test_an_observer_alone_serves_a_run(tmp_path: Path, capsys: pytest.CaptureFi
         (["--classes", "1,eleven"], "eleven"),
         (["--num_classes", "11"], "--num_classes 11"),
         (["--vae", "no/such/autoencoder"], "--vae no/such/autoencoder"),
+        (["--observer_network", "convnet9"], "--observer_network convnet9"),
+        (["--log_every", "0"], "--log_every 0: give 1 or more"),
+        (["--ema_stds", "0"], "--ema_stds 0.0: give 0.005 to 0.25"),
+        (["--fid_num_inference_steps", "1001"], "1001: give 1 to 1000"),
+        (["--guidance_interval", "0.9", "0.1"], "--guidance_interval 0.9 0.1: give the smaller number first"),
+        (["--sampler", "unipc", "--num_inference_steps", "61"], "diffusers' unipc cannot take exactly so many; try 62"),
+        (["--report_to", "trackio"], "--report_to trackio: not installed; pip install trackio"),
         (["--inception_weights", "nowhere.pth"], "--inception_weights nowhere.pth: no such file"),
         (["--resume_from_checkpoint", "nowhere"], "--resume_from_checkpoint nowhere: no such folder"),
         (["--observer", "./nowhere"], "--observer ./nowhere: no such folder"),
@@ -281,6 +290,24 @@ def test_impossible_settings_stop_before_training(
     monkeypatch.chdir(tmp_path)
     assert run_train(tmp_path / "digits", *extra) == 2
     assert expected in complaint(capsys)
+    assert not (tmp_path / "digits").exists()
+
+
+def test_an_observer_near_chance_can_be_trained_again_in_the_same_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weak = ["--observer_learning_rate", "1e-9", "--observer_epochs", "1"]
+    assert run_train(tmp_path / "digits", *weak) == 2
+    assert "on real held-out images, chance is 33.3%" in complaint(capsys)
+    assert run_train(tmp_path / "digits", "--resume_from_checkpoint", "latest", "--max_train_steps", "8") == 0
+
+
+def test_a_file_for_a_folder_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "taken").write_text("")
+    assert run_train(tmp_path / "taken") == 2
+    assert "taken: is a file" in complaint(capsys)
+    assert run_train(tmp_path / "taken" / "below") == 2
+    assert "Not a directory" in complaint(capsys)
 
 
 def test_no_dataset_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -296,8 +323,14 @@ def test_a_used_output_folder_is_not_touched(own_run: Path, capsys: pytest.Captu
 
 
 def test_resuming_with_other_settings_is_refused(own_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (own_run / "config.yaml").read_bytes()
     assert run_train(own_run, "--resume_from_checkpoint", "latest", "--learning_rate", "0.5") == 2
-    assert "learning_rate 0.001, not 0.5" in complaint(capsys)
+    assert "--learning_rate 0.5" in (message := complaint(capsys)) and "was started with 0.001" in message
+    assert (own_run / "config.yaml").read_bytes() == before
+    checkpoint = str(own_run / "checkpoints" / "step-00000008")
+    other = own_run.parent / "other"
+    assert run_train(other, "--resume_from_checkpoint", checkpoint, "--learning_rate", "0.5") == 2
+    assert "was made with learning_rate 0.001, not 0.5" in complaint(capsys)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(

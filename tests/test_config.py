@@ -50,6 +50,17 @@ def test_flags_stand_over_yaml_and_yaml_over_defaults(tmp_path: Path) -> None:
     assert config.optimizer.train_batch_size == TrainConfig().optimizer.train_batch_size
 
 
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ([], None), (["--random_flip"], True), (["--no_random_flip"], False), (["--random_flip", "False"], False),
+        (["--no_random_flip", "--seed", "3"], False), (["--random_flip", "--seed", "3"], True),
+    ],
+)  # fmt: skip
+def test_switches_with_a_derived_default_are_used_like_the_others(argv: list[str], expected: bool | None) -> None:
+    assert parse(TrainConfig, argv, "x").data.random_flip is expected
+
+
 def test_yaml_numbers_are_numbers_and_no_is_a_word(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text("a: 3e-4\nb: no\nc: 1_000\nd: 0.5\ne: true\nf: off\ng: 12\n")

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "ddgen"
 ORDER = ["data", "autoencoder", "diffusion", "observer", "distill", "evaluation"]
 SHARED = {"config", "seeds", "errors", "checkpoint", "precision", "grids"}
-TOP = {"commands", "cli", "__main__"}
+TOP = {"commands", "cli", "launch", "__main__"}
 FORBIDDEN = {("observer", "diffusion"), ("observer", "autoencoder")}
 
 

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ddgen.autoencoder.patch_autoencoder import PatchAutoencoderKL
@@ -69,7 +72,7 @@ class Autoencoder:
         digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
         for name, value in sorted(self.vae.state_dict().items()):
             digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:32]
 
 
@@ -86,34 +89,67 @@ def to_pixels(images: Tensor) -> Tensor:
 def wrap(vae: nn.Module, device: torch.device, precision: str) -> Autoencoder:
     """Returns an `Autoencoder` in eval mode whose statistics are still 0 and 1."""
     vae = vae.to(device).eval().requires_grad_(False)
+    precision = "no" if precision == "fp16" else precision  # many autoencoders overflow in float16
     return Autoencoder(vae, torch.zeros(1, 1, 1), torch.ones(1, 1, 1), precision)
 
 
 def load_pretrained(path_or_id: str, device: torch.device, precision: str) -> Autoencoder:
-    """Loads a diffusers autoencoder by path or hub id, from safetensors.
+    """Loads a diffusers autoencoder, or the one of a diffusers pipeline, by path or hub id, from safetensors.
 
     Raises:
-        UserError: There is none, or it is not an autoencoder of images.
+        UserError: There is none, or it is not an autoencoder.
     """
     import diffusers
 
-    folder = Path(path_or_id)
-    if (folder / "vae" / "config.json").is_file():
-        folder = folder / "vae"
     try:
-        if folder.is_dir():
-            config: dict[str, Any] = read_json(folder / "config.json")
-        else:
-            config = diffusers.ConfigMixin.load_config(path_or_id)
+        subfolder, config = _find_config(path_or_id)
         name = config.get("_class_name", "")
         kind = PatchAutoencoderKL if name == "PatchAutoencoderKL" else getattr(diffusers, name, None)
         if kind is None or not hasattr(kind, "encode"):
             raise UserError(f"--vae {path_or_id}: {name or 'unknown class'} is not a diffusers autoencoder")
-        source = str(folder) if folder.is_dir() else path_or_id
-        return wrap(kind.from_pretrained(source, use_safetensors=True), device, precision)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        return wrap(kind.from_pretrained(path_or_id, subfolder=subfolder, use_safetensors=True), device, precision)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:160]
         raise UserError(f"--vae {path_or_id}: {reason}; give a folder with config.json or a hub id") from None
+
+
+def check_fits(autoencoder: Autoencoder, source: str, pixels: Tensor) -> None:
+    """Sends images through an autoencoder that ddgen did not train.
+
+    Args:
+        autoencoder: What was loaded.
+        source: ``--vae``.
+        pixels: A few real images, uint8 (b, 3, s, s).
+
+    Raises:
+        UserError: It does not give back finite images of their size.
+    """
+    try:
+        mean, _ = autoencoder.encode(to_images(pixels))
+        restored = autoencoder.decode(mean)
+    except (RuntimeError, ValueError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"--vae {source}: cannot take {pixels.shape[-1]} px RGB images ({reason})") from None
+    if restored.shape != pixels.shape:
+        raise UserError(
+            f"--vae {source}: makes {restored.shape[-1]} px of {pixels.shape[-1]} px images;"
+            " use an --image_size it divides"
+        )
+    if not bool(restored.isfinite().all()):
+        raise UserError(f"--vae {source}: images come back not finite; use --mixed_precision bf16 or no")
+
+
+def _find_config(path_or_id: str) -> tuple[str | None, dict[str, Any]]:
+    """Returns the subfolder that holds the autoencoder, and its config.json."""
+    if Path(path_or_id).is_dir():
+        found = [sub for sub in (None, "vae") if (Path(path_or_id) / (sub or "") / "config.json").is_file()]
+        if not found:
+            raise OSError("no config.json in it")
+        return found[0], read_json(Path(path_or_id) / (found[0] or "") / "config.json")
+    try:
+        return None, read_json(Path(hf_hub_download(path_or_id, "config.json")))
+    except EntryNotFoundError:
+        return "vae", read_json(Path(hf_hub_download(path_or_id, "config.json", subfolder="vae")))
 
 
 def save(autoencoder: Autoencoder, path: Path, **extra: Any) -> None:

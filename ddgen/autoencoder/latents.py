@@ -21,10 +21,12 @@ class LatentCache:
     Attributes:
         mean: float16 (s, n, d, h, w), standardised; [0] of the images, [1], if there, of their mirror images.
         std: float16, likewise, standard deviation of the posterior; None for an autoencoder without one.
+        fingerprint: Identifies the autoencoder, the images and their order.
     """
 
     mean: Tensor
     std: Tensor | None
+    fingerprint: str
 
     def batch(self, indices: Tensor, mirrored: Tensor, noise: Tensor) -> Tensor:
         """Draws latents from the posteriors.
@@ -66,7 +68,9 @@ def build_latent_cache(
     meta = read_json(path / "statistics.json")
     mean, std = torch.tensor(meta["latents_mean"]), torch.tensor(meta["latents_std"])
     arrays = [torch.from_numpy(np.load(path / f"{name}.npy", mmap_mode="c")) for name in ("mean", "std")]
-    return autoencoder.with_statistics(mean, std), LatentCache(arrays[0], arrays[1] if meta["has_std"] else None)
+    return autoencoder.with_statistics(mean, std), LatentCache(
+        arrays[0], arrays[1] if meta["has_std"] else None, fingerprint
+    )
 
 
 def _is_current(path: Path, fingerprint: str) -> bool:

@@ -35,8 +35,9 @@ def build(config: AutoencoderConfig, image_size: int) -> PatchAutoencoderKL:
     Raises:
         UserError: Settings that do not fit each other or the image size.
     """
-    f = config.vae_downsample or default_downsample(image_size)
-    d = config.vae_latent_channels or (8 if 32 < image_size <= 64 else 4)
+    f = default_downsample(image_size) if config.vae_downsample is None else config.vae_downsample
+    default_channels = 8 if 32 < image_size <= 64 else 4
+    d = default_channels if config.vae_latent_channels is None else config.vae_latent_channels
     if image_size % f:
         raise UserError(
             f"--vae_downsample {f}: does not divide the image size {image_size}; use a power of two that does"
@@ -105,7 +106,7 @@ def train_autoencoder(
     model = build(config, pixels.shape[-1])
     f, d = model.config.downsample, model.config.latent_channels
     order = torch.from_numpy(numpy_generator(seed, "autoencoder", "holdout").permutation(len(pixels)))
-    num_validation = min(NUM_VALIDATION_IMAGES, len(pixels) // 10)
+    num_validation = min(NUM_VALIDATION_IMAGES, max(1, len(pixels) // 10))
     validation = pixels[order[:num_validation].sort().values]
     training = order[num_validation:].sort().values
     model.set_pca(*fit_pca(pixels, f, d, seed=seed))

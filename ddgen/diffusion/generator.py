@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
 from torch import Tensor, nn
@@ -89,6 +90,22 @@ class Generator:
             digest.update(value.detach().float().cpu().numpy().tobytes())
         digest.update(self.scheduler.to_json_string().encode())
         return digest.hexdigest()[:32]
+
+
+def check_sampling(sampling: GuidanceConfig, num_train_timesteps: int = 1000) -> None:
+    """Refuses settings that no sampler can honour.
+
+    Raises:
+        UserError: Naming the setting.
+    """
+    steps = sampling.num_inference_steps
+    if not 1 <= steps <= num_train_timesteps:
+        raise UserError(f"--num_inference_steps {steps}: give 1 to {num_train_timesteps}")
+    if sampling.sampler == "unipc" and len(np.arange(num_train_timesteps, 0, -num_train_timesteps / steps)) != steps:
+        raise UserError(f"--num_inference_steps {steps}: diffusers' unipc cannot take exactly so many; try {steps + 1}")
+    low, high = sampling.guidance_interval
+    if low > high:
+        raise UserError(f"--guidance_interval {low} {high}: give the smaller number first")
 
 
 def save_generator(generator: Generator, path: Path, card: str, *, replace_existing: bool = False) -> None:

@@ -30,17 +30,21 @@ class Draws:
     dropped: Tensor
     mirrored: Tensor
 
-    def part(self, where: slice, device: torch.device) -> Draws:
-        """Returns the draws of some positions, on a device."""
-        return Draws(*(getattr(self, name)[where].to(device, non_blocking=True) for name in self.__dataclass_fields__))
+    def part(self, where: slice) -> Draws:
+        """Returns the draws of some positions."""
+        return Draws(*(getattr(self, name)[where] for name in self.__dataclass_fields__))
+
+    def to(self, device: torch.device) -> Draws:
+        """Returns the draws on a device."""
+        return Draws(*(getattr(self, name).to(device, non_blocking=True) for name in self.__dataclass_fields__))
 
 
-def build_scheduler(config: DenoiserConfig) -> DDIMScheduler:
+def build_scheduler() -> DDIMScheduler:
     """Returns the cosine variance-preserving schedule (Nichol & Dhariwal 2021, eq. 17), 1000 timesteps."""
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_schedule="squaredcos_cap_v2",
-        prediction_type=config.prediction_type,
+        prediction_type="v_prediction",
         clip_sample=False,
         set_alpha_to_one=True,
         timestep_spacing="trailing",
@@ -70,18 +74,19 @@ def add_noise(latents: Tensor, noise: Tensor, alpha_cumprod: Tensor) -> Tensor:
     return a.sqrt() * latents + (1 - a).sqrt() * noise
 
 
-def target(latents: Tensor, noise: Tensor, alpha_cumprod: Tensor, prediction_type: str) -> Tensor:
-    """Returns what the denoiser should output for ``add_noise(latents, noise, alpha_cumprod)``."""
-    if prediction_type == "epsilon":
-        return noise
+def velocity(latents: Tensor, noise: Tensor, alpha_cumprod: Tensor) -> Tensor:
+    """Returns what the denoiser should output for ``add_noise(latents, noise, alpha_cumprod)``: alpha noise - sigma x0.
+
+    Source: Salimans & Ho 2022, "Progressive Distillation", appendix D. Predicting the noise itself is no option here:
+    at the last timestep of the cosine schedule alpha is 5e-5, and x0 would be its error times 20,000.
+    """
     a = alpha_cumprod.reshape(-1, 1, 1, 1)
     return a.sqrt() * noise - (1 - a).sqrt() * latents
 
 
-def loss_weights(alpha_cumprod: Tensor, prediction_type: str, snr_gamma: float | None) -> Tensor:
-    """Returns the weight of each sample's loss, (b,): one, or min-SNR (Hang et al. 2023, eq. 8 and its v form)."""
+def loss_weights(alpha_cumprod: Tensor, snr_gamma: float | None) -> Tensor:
+    """Returns the weight of each sample's loss, (b,): one, or min-SNR for v-prediction (Hang et al. 2023, sec. 3.4)."""
     if snr_gamma is None:
         return torch.ones_like(alpha_cumprod)
     snr = alpha_cumprod / (1 - alpha_cumprod)
-    clipped = snr.clamp(max=snr_gamma)
-    return clipped / (snr + 1) if prediction_type == "v_prediction" else clipped / snr
+    return snr.clamp(max=snr_gamma) / (snr + 1)

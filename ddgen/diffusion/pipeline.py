@@ -95,6 +95,7 @@ def guide(
 
     def denoise(latents: Tensor, timestep: int) -> Tensor:
         level = (timestep + 1) / num_train_timesteps
+        latents = latents.to(getattr(unet, "dtype", latents.dtype))
         if guidance_scale == 1 or not low <= level <= high:
             time = torch.full(class_labels.shape, timestep, device=latents.device)
             return unet(latents, time, class_labels).sample.float()
@@ -135,7 +136,13 @@ def solve(denoise: Denoise, latents: Tensor, scheduler: Any, num_inference_steps
             "final_sigmas_type": "zero",
         }
     )
-    solver.set_timesteps(num_inference_steps, device=latents.device)
+    if sampler == "dpmsolver++":
+        timesteps = ddim_timesteps(scheduler.config.num_train_timesteps, num_inference_steps)
+        solver.set_timesteps(timesteps=timesteps, device=latents.device)
+    else:
+        solver.set_timesteps(num_inference_steps, device=latents.device)
+    if len(solver.timesteps) != num_inference_steps:  # diffusers' rounding: one step too many, at a negative timestep
+        raise ValueError(f"sampler {sampler}: diffusers cannot take exactly {num_inference_steps} steps; try one more")
     for timestep in solver.timesteps:
         latents = solver.step(denoise(latents, int(timestep)), timestep, latents, return_dict=False)[0]
     return latents
@@ -233,7 +240,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         Raises:
             ValueError: An unknown class.
         """
-        device = self.unet.device
+        device = self._execution_device
         labels = torch.tensor([self._index(label) for label in class_labels], device=device)
         shape = (self.unet.config.in_channels, self.unet.config.sample_size, self.unet.config.sample_size)
         generators = generator if isinstance(generator, list) else [generator] * len(labels)
@@ -247,12 +254,13 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             "sampler": sampler,
         }
         overrides = {name: value for name, value in given.items() if value is not None}
-        latents = self.sample_latents(labels, noise.to(device, self.unet.dtype), **overrides)
+        latents = self.sample_latents(labels, noise.to(device), **overrides)
         images: Any = latents if output_type == "latent" else self.decode_latents(latents).add(1).div(2)
         if output_type in ("np", "pil"):
             images = images.permute(0, 2, 3, 1).cpu().numpy()
         if output_type == "pil":
             images = self.numpy_to_pil(np.asarray(images))
+        self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _index(self, label: int | str | Tensor) -> int:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers import UNet2DModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,11 +27,19 @@ from tqdm import tqdm
 
 from ddgen.autoencoder.autoencoder import Autoencoder
 from ddgen.autoencoder.latents import LatentCache
-from ddgen.checkpoint import atomic_dir, checkpoint_dir, latest_checkpoint, prune_checkpoints, read_json, write_json
+from ddgen.checkpoint import (
+    atomic_dir,
+    checkpoint_dir,
+    latest_checkpoint,
+    prune_checkpoints,
+    read_json,
+    write_bytes,
+    write_json,
+)
 from ddgen.config import TrainConfig
 from ddgen.diffusion.ema import PowerEMA
 from ddgen.diffusion.generator import Generator
-from ddgen.diffusion.objective import add_noise, build_scheduler, draw, loss_weights, target
+from ddgen.diffusion.objective import add_noise, build_scheduler, draw, loss_weights, velocity
 from ddgen.diffusion.unet import build_unet
 from ddgen.errors import UserError
 from ddgen.grids import image_grid
@@ -112,6 +121,18 @@ class TrainingRun:
                     f"--resume_from_checkpoint {path}: was made with {name} {state['identity'].get(name)}, not {value};"
                     " use the same settings, or another --output_dir for a new run"
                 )
+        try:
+            self._load_tensors(path)
+        except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+            cause = " ".join(str(error).split())[:160]
+            raise UserError(
+                f"--resume_from_checkpoint {path}: damaged ({cause}); delete it, go on from another"
+            ) from None
+        if self.scaler is not None and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.step = state["step"]
+
+    def _load_tensors(self, path: Path) -> None:
         self.unet.load_state_dict(load_file(path / "unet.safetensors"))
         names = [name for name, _ in self.unet.named_parameters()]
         for std, average in self.ema.averages.items():
@@ -119,9 +140,6 @@ class TrainingRun:
             for name, tensor in zip(names, average, strict=True):
                 tensor.copy_(saved[name])
         self.optimizer.load_state_dict(torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu"))
-        if self.scaler is not None and state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
-        self.step = state["step"]
 
 
 def train_diffusion(
@@ -153,7 +171,7 @@ def train_diffusion(
         output_dir: The run folder; gets metrics.jsonl, samples/, checkpoints/.
         resume_from: A checkpoint to go on from.
         monitor: Maps generated pixels, uint8 (m, 3, h, w), to named distances from the real images. The first is the
-            one by which the average is chosen.
+            one by which the average is chosen. Needed on the main process unless --fid_every is 0.
         on_metrics: Called with the path of metrics.jsonl after every point of the FID curve.
 
     Returns:
@@ -183,9 +201,9 @@ def train_diffusion(
     ema = PowerEMA(list(unet.parameters()), optim.ema_stds)
     run = TrainingRun(unet, optimizer, ema, output_dir, _identity(config, latents, class_names))
     run.scaler = accelerator.scaler
-    scheduler = build_scheduler(config.denoiser)
+    scheduler = build_scheduler()
     alphas_cumprod = scheduler.alphas_cumprod.to(device)
-    slices = _micro_batches(optim.train_batch_size, optim.gradient_accumulation_steps, accelerator)
+    slices = micro_batches(optim.train_batch_size, optim.gradient_accumulation_steps, accelerator)
     shape = (optim.train_batch_size, *latents.mean.shape[2:])
 
     # --- load
@@ -209,8 +227,9 @@ def train_diffusion(
             draws = draw(config.denoiser, config.run.seed, run.step, shape, len(alphas_cumprod))
             total = torch.zeros((), device=device)
             for number, where in enumerate(slices):
-                here = draws.part(where, device)
-                x0 = latents.batch(chosen[where], here.mirrored.cpu(), here.posterior_noise.cpu()).to(device)
+                here = draws.part(where)
+                x0 = latents.batch(chosen[where], here.mirrored, here.posterior_noise).to(device)
+                here = here.to(device)
                 y = torch.where(here.dropped, len(class_names), labels[chosen[where]].to(device))
                 alpha = alphas_cumprod[here.timesteps]
                 noisy = add_noise(x0, here.noise, alpha)
@@ -218,9 +237,9 @@ def train_diffusion(
                 with _maybe_no_sync(accelerator, ddp, not last):
                     with autocast(device, precision):
                         output = ddp(noisy, here.timesteps, y).sample
-                    wanted = target(x0, here.noise, alpha, config.denoiser.prediction_type)
+                    wanted = velocity(x0, here.noise, alpha)
                     error = F.mse_loss(output.float(), wanted, reduction="none").mean((1, 2, 3))
-                    weights = loss_weights(alpha, config.denoiser.prediction_type, config.denoiser.snr_gamma)
+                    weights = loss_weights(alpha, config.denoiser.snr_gamma)
                     loss = (weights * error).mean() / len(slices)
                     accelerator.backward(loss)
                 total += loss.detach()
@@ -270,14 +289,12 @@ def _identity(config: TrainConfig, latents: LatentCache, class_names: tuple[str,
     settings |= {
         "seed": config.run.seed,
         "class_names": class_names,
-        "num_images": latents.mean.shape[1],
-        "random_flip": config.data.may_flip,
-        "latent_shape": tuple(latents.mean.shape[2:]),
+        "latents": latents.fingerprint,
     }
     return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
 
 
-def _micro_batches(batch_size: int, accumulation: int, accelerator: Accelerator) -> list[slice]:
+def micro_batches(batch_size: int, accumulation: int, accelerator: Accelerator) -> list[slice]:
     """Returns this process's part of the global batch, cut into micro-batches."""
     parts = accumulation * accelerator.num_processes
     if batch_size % parts:
@@ -381,7 +398,7 @@ class _Report:
         every = monitor.sample_every if monitor.sample_every is not None else monitor.fid_every
         if every and (step % every == 0 or last) and self.accelerator.is_main_process:
             self._without_clock(self._save_grid)
-        if self.monitor is not None and monitor.fid_every and (step % monitor.fid_every == 0 or last):
+        if monitor.fid_every and (step % monitor.fid_every == 0 or last):
             self._without_clock(self._measure_distance)
 
     def generator(self, ema_std: float) -> Generator:
@@ -432,12 +449,12 @@ class _Report:
         image_grid(pixels, GRID_COLUMNS).save(path)
 
     def _measure_distance(self) -> None:
-        assert self.monitor is not None
         values: dict[str, float] = {}
         for std in self.run.ema.averages:
             pixels = self._sample_for_distance(self.generator(std))
             if not self.accelerator.is_main_process:
                 continue
+            assert self.monitor is not None
             measured = self.monitor(pixels)
             self.run.distances.setdefault(f"ema_{std}", []).append((self.run.step, next(iter(measured.values()))))
             values |= {f"{name}/ema_{std}": value for name, value in measured.items()}
@@ -492,4 +509,4 @@ def _truncate_metrics(path: Path, run: TrainingRun) -> None:
                 names = [n for n in values if n.endswith(f"/ema_{std}")]
                 if names:
                     run.distances.setdefault(f"ema_{std}", []).append((values["step"], values[names[0]]))
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    write_bytes(path, "".join(line + "\n" for line in kept).encode())

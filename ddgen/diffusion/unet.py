@@ -29,7 +29,7 @@ def build_unet(config: DenoiserConfig, *, latent_channels: int, latent_size: int
     if config.unet_channels is not None:
         channels = config.unet_channels
         attention = tuple(range(1, len(channels))) or (0,)
-    layers = config.unet_layers_per_block or layers
+    layers = layers if config.unet_layers_per_block is None else config.unet_layers_per_block
     attention = config.unet_attention_levels if config.unet_attention_levels is not None else attention
     levels = len(channels)
     if any(width % 32 for width in channels):

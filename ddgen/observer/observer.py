@@ -144,6 +144,7 @@ class Observer(nn.Module):
         with atomic_dir(path) as folder:
             if isinstance(self.classifier, TransformersClassifier):
                 self.classifier.model.config.ddgen_accuracy = self.accuracy
+                self.classifier.model.config.ddgen_network = self.network
                 self.classifier.model.save_pretrained(folder)
                 self.classifier.processor.save_pretrained(folder)
                 return
@@ -289,7 +290,7 @@ def _load_transformers(source: str) -> Observer:
     input_size, mean, std = _probe_processor(source, processor)
     return Observer(
         TransformersClassifier(model, processor),
-        network=f"transformers:{source}",
+        network=getattr(model.config, "ddgen_network", f"transformers:{source}"),
         class_names=[str(id2label[index]) for index in sorted(id2label)],
         input_size=input_size,
         mean=mean,

@@ -71,7 +71,10 @@ def train_observer(
             f"{len(holdout_indices)} to measure of {len(dataset)}; choose another fraction"
         )
     cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda), torch.backends.cudnn.flags(deterministic=True, benchmark=False):
+    with (
+        torch.random.fork_rng(devices=cuda),
+        torch.backends.cudnn.flags(enabled=True, deterministic=True, benchmark=False),
+    ):
         torch.manual_seed(derive(seed, "observer-weights"))
         observer = _new_observer(config, dataset, train_indices).to(device)
         run = _Run(config, dataset, train_indices, holdout_indices, device, precision, seed, flip)

@@ -1,0 +1,48 @@
+"""Several processes on a CPU.
+
+``accelerate launch --num_processes N --cpu`` prepares the environment for N processes but starts only one (its simple
+launcher leaves the rest to MPI). So that the command does what it says, that one process starts N in its place.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def start_asked_for_processes() -> None:
+    """Replaces this process by N under torch's own launcher, if accelerate was asked for N and started one."""
+    count = _asked_for()
+    if count > 1:
+        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(count), "--master_port", _free_port()]
+        os.execv(sys.executable, [sys.executable, *launcher, *sys.argv])
+
+
+def asked_for_cpu() -> bool:
+    """Whether this process was started with ``accelerate launch --cpu``."""
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+
+
+def _asked_for() -> int:
+    """Returns N of the `accelerate launch` that is this process's parent, 1 if it is none or has started all."""
+    if not asked_for_cpu() or "WORLD_SIZE" in os.environ or "MASTER_PORT" not in os.environ:
+        return 1
+    import psutil
+
+    words = psutil.Process(os.getppid()).cmdline()
+    names = ("launch", "accelerate-launch", "accelerate.commands.launch", "launch.py")
+    launches = [i for i, word in enumerate(words) if word.split("/")[-1] in names]
+    if not launches:
+        return 1
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+    args, *_ = _validate_launch_command(launch_command_parser().parse_args(words[launches[0] + 1 :]))
+    return int(args.num_processes or 1)
+
+
+def _free_port() -> str:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
