@@ -5,6 +5,7 @@ Heavy libraries are imported after parsing, so ``--help`` and a mistyped flag an
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Callable
@@ -14,12 +15,13 @@ from ddgen.config import EvaluateConfig, SampleConfig, TrainConfig, TrainObserve
 from ddgen.errors import UserError
 from ddgen.launch import start_asked_for_processes
 
-COMMANDS: dict[str, tuple[type, str]] = {
-    "train": (TrainConfig, "train the observer, the autoencoder and the diffusion model"),
-    "observer": (TrainObserverConfig, "train an observer alone"),
-    "sample": (SampleConfig, "generate candidates, keep the most realistic, relabel: a distilled dataset"),
-    "evaluate": (EvaluateConfig, "score students trained on a distilled dataset on the real test images"),
+COMMANDS: dict[str, tuple[type, str, str]] = {
+    "train": (TrainConfig, "train:train", "train the observer, the autoencoder and the diffusion model"),
+    "observer": (TrainObserverConfig, "train:train_observer_alone", "train an observer alone"),
+    "sample": (SampleConfig, "sample:sample", "generate candidates, keep the most realistic, relabel them"),
+    "evaluate": (EvaluateConfig, "evaluate:evaluate", "score students trained on a distilled dataset on real images"),
 }
+"""Name -> settings, where the function is in ddgen.commands, and what it does."""
 
 
 def run(command: str, argv: list[str] | None = None, prog: str | None = None) -> int:
@@ -44,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help"):
         print("usage: ddgen COMMAND [settings]   (ddgen COMMAND --help lists the settings)\n")
-        for name, (_, text) in COMMANDS.items():
+        for name, (*_, text) in COMMANDS.items():
             print(f"  {name:<10}{text}")
         return 0 if args else 2
     if args[0] not in COMMANDS:
@@ -55,15 +57,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _command(name: str) -> Callable[[Any], int]:
-    from ddgen import commands
-
-    found: dict[str, Callable[[Any], int]] = {
-        "train": commands.train,
-        "observer": commands.train_observer_alone,
-        "sample": commands.sample,
-        "evaluate": commands.evaluate,
-    }
-    return found[name]
+    """Imports one command, and with it only what that command needs."""
+    module, function = COMMANDS[name][1].split(":")
+    command: Callable[[Any], int] = getattr(importlib.import_module(f"ddgen.commands.{module}"), function)
+    return command
 
 
 def _complain(error: UserError) -> int:

@@ -1,0 +1,1 @@
+"""The commands: settings in, rooms wired together, exit code out."""

@@ -1,0 +1,88 @@
+"""What the commands share: run folders, the accelerator, the data of a run."""
+
+from __future__ import annotations
+
+import importlib.util
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal
+
+from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
+
+from ddgen.config import (
+    DataConfig,
+    TrainConfig,
+    from_flat_dict,
+    read_yaml,
+)
+from ddgen.data import ImageDataset, load_dataset, native_image_size
+from ddgen.errors import UserError
+from ddgen.launch import asked_for_cpu
+from ddgen.observer.observer import Observer
+from ddgen.observer.realism import measure_accuracy
+from ddgen.precision import resolve_precision
+
+RUNS_DIR = Path("runs")
+
+
+def start_accelerator(
+    mixed_precision: str | None, report_to: str = "none", project_dir: Path | None = None
+) -> tuple[Accelerator, str]:
+    if report_to != "none" and importlib.util.find_spec(report_to) is None:
+        raise UserError(f"--report_to {report_to}: not installed; pip install {report_to}, or leave it out")
+    patience = timedelta(hours=24)  # the others wait while the first process trains the observer
+    device = PartialState(cpu=asked_for_cpu(), timeout=patience).device
+    precision = resolve_precision(mixed_precision, device)
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        log_with=None if report_to == "none" else report_to,
+        project_dir=project_dir,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=patience)],
+    )
+    return accelerator, precision
+
+
+def load_on_all(accelerator: Accelerator, data: DataConfig, split: Literal["train", "test"]) -> ImageDataset:
+    """Loads a split; the first process decodes it, the others read its cache."""
+    dataset_name(data)
+    with accelerator.main_process_first():
+        return load_dataset(data, split, progress=accelerator.is_main_process)
+
+
+def dataset_name(data: DataConfig) -> str:
+    if data.dataset is None:
+        raise UserError(
+            "--dataset: not set; for instance --dataset tinyimagenet, or imagefolder with --data_dir FOLDER"
+        )
+    native_image_size(data.dataset)
+    return data.dataset
+
+
+def find_run(run_dir: str | None) -> tuple[Path, str]:
+    """Returns a finished run and how it was chosen."""
+    if run_dir is not None:
+        path = Path(run_dir)
+        if not (path / "generator" / "model_index.json").is_file():
+            raise UserError(f"--run_dir {path}: no finished run (generator/model_index.json); train with train_ldm.py")
+        return path, "--run_dir"
+    found = sorted(RUNS_DIR.glob("*/generator/model_index.json"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise UserError(f"--run_dir: no finished run under {RUNS_DIR}/; train with train_ldm.py, or name one")
+    return found[-1].parent.parent, f"the newest of {len(found)} finished under {RUNS_DIR}/"
+
+
+def read_run_config(run_dir: Path) -> TrainConfig:
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"--run_dir {run_dir}: config.yaml is missing; give a folder that train_ldm.py wrote")
+    return from_flat_dict(TrainConfig, read_yaml(path), str(path))
+
+
+def held_out_accuracy(observer: Observer, data: DataConfig, accelerator: Accelerator, precision: str) -> float:
+    test = load_on_all(accelerator, data, "test")
+    return measure_accuracy(observer, test, device=accelerator.device, precision=precision)
+
+
+def random_generated_path(run_dir: Path, distilled_dir: Path) -> Path:
+    """Where sample.py leaves as many candidates, drawn at random, for the report's random-generated rows."""
+    return run_dir / "baselines" / f"random-generated-{distilled_dir.name}.safetensors"

@@ -1,0 +1,285 @@
+"""``train`` and ``observer``: real images in, a run folder out."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.nn import functional as F
+
+from ddgen.autoencoder import autoencoder as autoencoders
+from ddgen.autoencoder.autoencoder import Autoencoder
+from ddgen.autoencoder.latents import LatentCache, build_latent_cache
+from ddgen.autoencoder.training import psnr, train_autoencoder
+from ddgen.checkpoint import write_json
+from ddgen.commands.runs import (
+    RUNS_DIR,
+    dataset_name,
+    held_out_accuracy,
+    load_on_all,
+    start_accelerator,
+)
+from ddgen.commands.train_checks import Given, check_training, describe_training, run_folder
+from ddgen.config import (
+    DataConfig,
+    TrainConfig,
+    TrainObserverConfig,
+    to_flat_dict,
+    write_yaml,
+)
+from ddgen.data import ImageDataset
+from ddgen.diffusion.generator import Generator, save_generator
+from ddgen.diffusion.training import Stopped, train_diffusion
+from ddgen.errors import UserError
+from ddgen.evaluation.curve import draw_fid_curve
+from ddgen.evaluation.frechet import DistanceMonitor, inception_extractor, observer_extractor
+from ddgen.observer.observer import Observer
+from ddgen.observer.realism import check_observer
+from ddgen.observer.training import train_observer
+
+
+def train(config: TrainConfig) -> int:
+    """Trains observer, autoencoder and diffusion model; ``runs/<dataset>/generator`` is what comes out."""
+    output_dir, resume_from = run_folder(config)
+    accelerator, precision = start_accelerator(config.optimizer.mixed_precision, config.monitor.report_to, output_dir)
+    say = accelerator.print
+    dataset = load_on_all(accelerator, config.data, "train")
+    given = check_training(config, dataset, accelerator, precision)
+    if config.run.dry_run:
+        say(describe_training(config, dataset, given, output_dir, accelerator, precision))
+        return 0
+    extractor = inception_extractor(config.monitor.inception_weights)  # a wrong file is found now
+    if accelerator.is_main_process:
+        _write_run_facts(config, dataset, output_dir)
+    accelerator.wait_for_everyone()
+    say(f"{dataset.name}: {len(dataset):,} training images, {dataset.num_classes} classes, {dataset.image_size} px")
+    if accelerator.num_processes > 1:
+        say(f"{accelerator.num_processes} processes")
+
+    observer = _observer_of_run(config, given, dataset, output_dir / "observer", accelerator, precision)
+    say(f"observer: {observer.network}, {observer.accuracy:.1%} on held-out real images")
+    autoencoder, latents = _autoencoder_of_run(config, given, dataset, observer, output_dir, accelerator, precision)
+
+    monitor = None
+    if config.monitor.fid_every and accelerator.is_main_process:
+        monitor = DistanceMonitor(
+            dataset,
+            extractor or observer_extractor(observer),
+            num_images=config.monitor.fid_num_images,
+            cache_dir=output_dir / "reference",
+            device=accelerator.device,
+            precision=precision,
+            seed=config.run.seed,
+        )
+    if config.monitor.report_to != "none":
+        accelerator.init_trackers("ddgen", config=_tracker_config(config))
+    try:
+        generator = train_diffusion(
+            config,
+            latents,
+            dataset.labels,
+            autoencoder,
+            dataset.class_names,
+            dataset.image_size,
+            accelerator=accelerator,
+            precision=precision,
+            output_dir=output_dir,
+            resume_from=resume_from,
+            monitor=monitor,
+            on_metrics=partial(draw_fid_curve, png_path=output_dir / "fid_curve.png"),
+        )
+    except Stopped as stopped:
+        say(str(stopped))
+        accelerator.end_training()
+        return 128 + stopped.signal_number
+    if accelerator.is_main_process:
+        card = _generator_card(config, dataset, generator)
+        save_generator(generator, output_dir / "generator", card, replace_existing=True)
+    accelerator.wait_for_everyone()
+    say(f"generator:   {output_dir / 'generator'}")
+    if config.monitor.fid_every:
+        say(f"FID curve:   {output_dir / 'fid_curve.png'}")
+    say(f"samples:     {output_dir / 'samples'}")
+    say(f"next:        python sample.py --run_dir {shlex.quote(str(output_dir))} --ipc 10")
+    accelerator.end_training()
+    return 0
+
+
+def train_observer_alone(config: TrainObserverConfig) -> int:
+    """Trains an observer and writes it to --output_dir; default runs/<dataset>-observer."""
+    name = dataset_name(config.data)
+    output_dir = Path(config.output_dir or RUNS_DIR / f"{name}-observer")
+    if output_dir.exists():
+        raise UserError(f"--output_dir {output_dir}: exists already; choose another, or remove it")
+    if config.observer.observer is not None:
+        raise UserError(f"--observer {config.observer.observer}: this command trains one; use --observer_network")
+    accelerator, precision = start_accelerator(config.mixed_precision)
+    dataset = load_on_all(accelerator, config.data, "train")
+    if config.dry_run:
+        accelerator.print(f"would train {config.observer.observer_network} on {len(dataset):,} images -> {output_dir}")
+        return 0
+    observer = _train_observer(config.observer, config.data, dataset, output_dir, accelerator, precision, config.seed)
+    accelerator.print(f"{observer.accuracy:.1%} on held-out real images; use it with --observer {output_dir}")
+    return 0
+
+
+def _write_run_facts(config: TrainConfig, dataset: ImageDataset, output_dir: Path) -> None:
+    """Writes the settings, and what later commands must know of the data without having it."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    data_dir = None if config.data.data_dir is None else str(Path(config.data.data_dir).resolve())
+    run = replace(config.run, resume_from_checkpoint=None, dry_run=False)
+    write_yaml(output_dir / "config.yaml", replace(config, run=run, data=replace(config.data, data_dir=data_dir)))
+    facts = {
+        "name": dataset.name,
+        "fingerprint": dataset.fingerprint,
+        "licence": dataset.licence,
+        "num_images": len(dataset),
+        "class_names": list(dataset.class_names),
+        "skipped": dataset.skipped,
+    }
+    write_json(output_dir / "dataset.json", facts)
+
+
+def _observer_of_run(
+    config: TrainConfig, given: Given, dataset: ImageDataset, path: Path, accelerator: Accelerator, precision: str
+) -> Observer:
+    """Loads the observer that the run already has, or takes the one that was given; otherwise trains one."""
+    exists = path.is_dir()
+    accelerator.wait_for_everyone()  # all have looked before anyone writes
+    if exists:
+        observer = Observer.load(path, dataset.class_names)
+    elif given.observer is not None:
+        observer = given.observer
+        if observer.accuracy is None:
+            observer.accuracy = held_out_accuracy(observer, config.data, accelerator, precision)
+        check_observer(observer, dataset.class_names)
+        if accelerator.is_main_process:
+            observer.save(path)
+    else:
+        observer = _train_observer(config.observer, config.data, dataset, path, accelerator, precision, config.run.seed)
+    accelerator.wait_for_everyone()
+    try:
+        check_observer(observer, dataset.class_names)
+    except UserError:
+        if accelerator.is_main_process:
+            shutil.rmtree(path)  # so that the same run can go on with a better one
+        raise
+    return observer.to(accelerator.device).requires_grad_(False)
+
+
+def _train_observer(
+    config: Any,
+    data: DataConfig,
+    dataset: ImageDataset,
+    path: Path,
+    accelerator: Accelerator,
+    precision: str,
+    seed: int,
+) -> Observer:
+    if accelerator.is_main_process:
+        train_observer(
+            config,
+            dataset,
+            output_dir=path,
+            device=accelerator.device,
+            precision=precision,
+            seed=seed,
+            flip=data.may_flip,
+        )
+    accelerator.wait_for_everyone()
+    return Observer.load(path, dataset.class_names).to(accelerator.device)
+
+
+def _autoencoder_of_run(
+    config: TrainConfig,
+    given: Given,
+    dataset: ImageDataset,
+    observer: Observer,
+    output_dir: Path,
+    accelerator: Accelerator,
+    precision: str,
+) -> tuple[Autoencoder, LatentCache]:
+    """Takes the autoencoder that the run has or was given, or trains one, and encodes every training image."""
+    path, device = output_dir / "autoencoder", accelerator.device
+    exists = path.is_dir()
+    accelerator.wait_for_everyone()  # all have looked before anyone writes
+    if not exists:
+        if given.autoencoder is not None:
+            autoencoder = given.autoencoder
+            report = {"psnr": psnr(autoencoder, dataset.pixels[:: max(len(dataset) // 512, 1)][:512])}
+        else:
+            autoencoder, report = train_autoencoder(
+                config.autoencoder,
+                dataset.pixels,
+                accelerator=accelerator,
+                precision=precision,
+                seed=config.run.seed,
+                flip=config.data.may_flip,
+                perceptual=_perceptual_loss(observer) if config.autoencoder.vae_perceptual_weight else None,
+            )
+        floor = f" (patch PCA {report['psnr_pca']:.2f})" if "psnr_pca" in report else ""
+        accelerator.print(f"autoencoder: {report['psnr']:.2f} dB on held-out images{floor}")
+        if accelerator.is_main_process:
+            autoencoders.save(autoencoder, path, **report)
+        accelerator.wait_for_everyone()
+    autoencoder = autoencoders.load(path, device, precision)
+    with accelerator.main_process_first():
+        return build_latent_cache(
+            autoencoder,
+            dataset.pixels,
+            output_dir / "latents",
+            flip=config.data.may_flip,
+            fingerprint=f"{autoencoder.fingerprint()}-{dataset.fingerprint}",
+        )
+
+
+def _perceptual_loss(observer: Observer) -> Callable[[Tensor, Tensor], Tensor]:
+    def loss(restored: Tensor, original: Tensor) -> Tensor:
+        with torch.no_grad():
+            wanted = F.normalize(observer.features((original + 1) / 2), dim=1)
+        found = F.normalize(observer.features((restored + 1) / 2), dim=1)
+        return (found - wanted).square().sum(1).mean()
+
+    return loss
+
+
+def _tracker_config(config: TrainConfig) -> dict[str, Any]:
+    return {
+        name: value if isinstance(value, (int, float, str, bool)) else str(value)
+        for name, value in to_flat_dict(config).items()
+    }
+
+
+def _generator_card(config: TrainConfig, dataset: ImageDataset, generator: Generator) -> str:
+    names = ", ".join(dataset.class_names[:10]) + (", ..." if dataset.num_classes > 10 else "")
+    return f"""---
+library_name: diffusers
+tags: [dataset-distillation, class-conditional-generation, ddgen]
+---
+
+# Class-conditional latent diffusion model of {dataset.name}
+
+{dataset.num_classes} classes ({names}), {dataset.image_size} x {dataset.image_size} pixels. Trained with ddgen on
+{len(dataset):,} images for {config.optimizer.max_train_steps:,} steps of {config.optimizer.train_batch_size}.
+Licence of the images it was trained on: {dataset.licence}.
+
+```python
+from diffusers import DiffusionPipeline
+
+folder = "path/to/this/folder"
+pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
+images = pipe(class_labels=[0, 1, 2]).images
+```
+
+Samples with {generator.sampling.sampler}, {generator.sampling.num_inference_steps} steps, guidance
+{generator.sampling.guidance_scale} at noise levels {generator.sampling.guidance_interval[0]} to
+{generator.sampling.guidance_interval[1]}, unless told otherwise.
+"""
