@@ -1,13 +1,19 @@
-"""Several processes on a CPU.
+"""What `accelerate launch` leaves undone on a CPU.
 
 ``accelerate launch --num_processes N --cpu`` prepares the environment for N processes but starts only one (its simple
 launcher leaves the rest to MPI). So that the command does what it says, that one process starts N in its place.
+
+``accelerate launch`` without ``--cpu``, on a machine without a GPU, sets OMP_NUM_THREADS to 1 where nobody asked for
+it, which leaves all cores but one idle.
 """
 
 from __future__ import annotations
 
 import os
+import socket
 import sys
+
+import psutil
 
 
 def start_asked_for_processes() -> None:
@@ -23,12 +29,24 @@ def asked_for_cpu() -> bool:
     return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
 
 
+def threads_to_use() -> int | None:
+    """Returns how many threads to compute with where accelerate chose one by itself; None leaves the number alone."""
+    if "ACCELERATE_MIXED_PRECISION" not in os.environ or "WORLD_SIZE" in os.environ:
+        return None
+    parent = psutil.Process(os.getppid())
+    chosen = "OMP_NUM_THREADS" in parent.environ() or any("num_cpu_threads" in word for word in parent.cmdline())
+    return None if chosen else num_cores()
+
+
+def num_cores() -> int:
+    """Returns how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _asked_for() -> int:
     """Returns N of the `accelerate launch` that is this process's parent, 1 if it is none or has started all."""
     if not asked_for_cpu() or "WORLD_SIZE" in os.environ or "MASTER_PORT" not in os.environ:
         return 1
-    import psutil
-
     words = psutil.Process(os.getppid()).cmdline()
     names = ("launch", "accelerate-launch", "accelerate.commands.launch", "launch.py")
     launches = [i for i, word in enumerate(words) if word.split("/")[-1] in names]
@@ -41,8 +59,6 @@ def _asked_for() -> int:
 
 
 def _free_port() -> str:
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])

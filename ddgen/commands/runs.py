@@ -7,6 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
+import torch
 from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 
 from ddgen.config import (
@@ -17,7 +18,7 @@ from ddgen.config import (
 )
 from ddgen.data import ImageDataset, load_dataset, native_image_size
 from ddgen.errors import UserError
-from ddgen.launch import asked_for_cpu
+from ddgen.launch import asked_for_cpu, threads_to_use
 from ddgen.observer.observer import Observer
 from ddgen.observer.realism import measure_accuracy
 from ddgen.precision import resolve_precision
@@ -32,6 +33,9 @@ def start_accelerator(
         raise UserError(f"--report_to {report_to}: not installed; pip install {report_to}, or leave it out")
     patience = timedelta(hours=24)  # the others wait while the first process trains the observer
     device = PartialState(cpu=asked_for_cpu(), timeout=patience).device
+    threads = threads_to_use() if device.type == "cpu" else None
+    if threads is not None:
+        torch.set_num_threads(threads)
     precision = resolve_precision(mixed_precision, device)
     accelerator = Accelerator(
         mixed_precision=precision,
