@@ -33,7 +33,7 @@ demo: $(STAMP)
 	set -x; \
 	$(BIN)/accelerate launch train_ldm.py --config configs/digits_demo.yaml --output_dir "$$dir"; \
 	$(BIN)/python sample.py --run_dir "$$dir" --ipc 10; \
-	$(BIN)/python evaluate.py --run_dir "$$dir" --epochs 30
+	$(BIN)/python evaluate.py --run_dir "$$dir" --epochs 30 --repeats 2
 
 test: lint typecheck
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
