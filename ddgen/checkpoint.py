@@ -20,7 +20,8 @@ def atomic_dir(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
     Args:
         path: The folder to create.
-        replace: Put it in the place of an existing folder, which stays whole until the new one is.
+        replace: Put it in the place of an existing folder, which is moved aside, whole, only once the new one is
+            complete, and put back if the exchange fails.
 
     Raises:
         FileExistsError: `path` exists and `replace` is false.
@@ -34,18 +35,36 @@ def atomic_dir(path: Path, *, replace: bool = False) -> Iterator[Path]:
     try:
         yield temporary
         _sync_tree(temporary)
+        if replace and path.exists():
+            _exchange(temporary, path)
+        else:
+            os.rename(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    if path.exists():
-        old = path.parent / f".{path.name}.old-{os.getpid()}"
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(path, old)
-        os.rename(temporary, path)
-        shutil.rmtree(old)
-    else:
-        os.rename(temporary, path)
     _sync_path(path.parent)
+
+
+def _exchange(new: Path, path: Path) -> None:
+    old = _move_aside(path)
+    try:
+        os.rename(new, path)
+    except OSError:
+        os.rename(old, path)
+        raise
+    shutil.rmtree(old)
+
+
+def remove_dir(path: Path) -> None:
+    """Deletes a folder; killed halfway, it leaves nothing under the folder's name."""
+    shutil.rmtree(_move_aside(path))
+
+
+def _move_aside(path: Path) -> Path:
+    old = path.parent / f".{path.name}.old-{os.getpid()}"
+    shutil.rmtree(old, ignore_errors=True)
+    os.rename(path, old)
+    return old
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -79,8 +98,13 @@ def latest_checkpoint(checkpoints_dir: Path) -> Path | None:
 
 
 def prune_checkpoints(checkpoints_dir: Path, keep: int) -> None:
-    """Deletes all but the newest `keep` checkpoints; call it after the newest one is complete."""
+    """Deletes all but the newest `keep` checkpoints, and what killed runs left unfinished.
+
+    Call it after the newest one is complete, from one process.
+    """
     for path in _checkpoints(checkpoints_dir)[: -max(keep, 1)]:
+        remove_dir(path)
+    for path in checkpoints_dir.glob(".step-*"):
         shutil.rmtree(path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,41 @@ def test_an_existing_folder_is_replaced_only_when_asked(tmp_path: Path) -> None:
         (temporary / "b").write_text("new")
     assert [p.name for p in path.iterdir()] == ["b"]
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_failed_exchange_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "folder"
+    path.mkdir()
+    (path / "a").write_text("old")
+    rename = os.rename
+
+    def fail_for_the_new(source: Path, target: Path) -> None:
+        if ".tmp-" in str(source):
+            raise OSError("cannot")
+        rename(source, target)
+
+    monkeypatch.setattr("os.rename", fail_for_the_new)
+    with pytest.raises(OSError, match="cannot"), atomic_dir(path, replace=True) as temporary:
+        (temporary / "a").write_text("new")
+    assert (path / "a").read_text() == "old"
+
+
+def test_a_killed_deletion_leaves_no_half_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (1, 2):
+        checkpoint_dir(tmp_path, step).mkdir()
+        (checkpoint_dir(tmp_path, step) / "state.json").write_text("{}")
+
+    def killed(path: Path, **_: object) -> None:
+        if "old" in path.name and path.exists():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prune_checkpoints(tmp_path, 1)
+    assert [p.name for p in tmp_path.glob("step-*")] == ["step-00000002"]
+    monkeypatch.undo()
+    prune_checkpoints(tmp_path, 1)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000002"]
 
 
 def test_a_file_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

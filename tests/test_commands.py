@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ import evaluate
 import sample
 import train_ldm
 from ddgen import cli
-from ddgen.diffusion import training
+from ddgen.diffusion import objective, report
 from ddgen.distill.dataset import DistilledDataset
 
 ROOT = Path(__file__).parents[1]
@@ -83,6 +84,10 @@ def test_training_leaves_everything_the_design_names(run_dir: Path) -> None:
     points = [line for line in lines if any(name.startswith("fd_convnet2_12/") for name in line)]
     assert [point["step"] for point in points] == [4, 8]
     assert set(points[0]) == {"step"} | {f"{m}_convnet2_12/ema_{e}" for m in ("fd", "kid") for e in ("0.05", "0.1")}
+    best = min(("0.05", "0.1"), key=lambda std: points[-1][f"fd_convnet2_12/ema_{std}"])
+    average = load_file(run_dir / "checkpoints" / "step-00000008" / f"ema_{best}.safetensors")
+    assert all(torch.equal(tensor, average[name]) for name, tensor in weights(run_dir).items())
+    assert np.load(run_dir / "latents" / "mean.npy", mmap_mode="r").shape[0] == 1  # digits have no mirror images
     index = json.loads((run_dir / "generator" / "model_index.json").read_text())
     assert index["class_names"] == ["0", "1", "2"]
     with Image.open(run_dir / "samples" / "step-00000008.png") as grid:
@@ -149,6 +154,17 @@ def test_a_kept_pool_is_not_sampled_again(own_run: Path, tmp_path: Path, monkeyp
     assert list((own_run / "pool").iterdir())  # it was kept on purpose, so it stays
 
 
+def test_a_smaller_request_leaves_the_unfinished_larger_one_alone(own_run: Path, tmp_path: Path) -> None:
+    args = ["--run_dir", str(own_run), "--mixed_precision", "no"]
+    assert sample.main([*args, "--ipc", "2", "--keep_pool", "--output_dir", str(tmp_path / "a")]) == 0
+    (pool,) = (own_run / "pool").iterdir()
+    (pool / "keep").unlink()  # as a run that was interrupted before it had ranked leaves it
+    assert sample.main([*args, "--ipc", "1", "--output_dir", str(tmp_path / "b")]) == 0
+    assert pool.is_dir()
+    assert sample.main([*args, "--ipc", "2", "--output_dir", str(tmp_path / "c")]) == 0
+    assert not pool.exists()
+
+
 # --- resuming
 
 
@@ -156,16 +172,16 @@ def test_a_kept_pool_is_not_sampled_again(own_run: Path, tmp_path: Path, monkeyp
 def test_a_stopped_and_resumed_run_is_bit_for_bit_the_uninterrupted_one(
     stop_at: int, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    after_step = training._Report.after_step
+    after_step = report.Report.after_step
 
-    def stop(self: training._Report, loss: torch.Tensor, norm: torch.Tensor) -> None:
+    def stop(self: report.Report, loss: torch.Tensor, norm: torch.Tensor) -> None:
         after_step(self, loss, norm)
         if self.run.step == stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
 
     path = tmp_path / "digits"
     with monkeypatch.context() as patch:
-        patch.setattr(training._Report, "after_step", stop)
+        patch.setattr(report.Report, "after_step", stop)
         assert run_train(path) == 143
     assert "resume_from_checkpoint latest" in capsys.readouterr().out
     assert not (path / "generator").exists()
@@ -212,13 +228,13 @@ def test_two_processes_train_and_sample_like_one(run_dir: Path, tmp_path: Path) 
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
 
-    assert "\n2 processes\n" in run("train_ldm.py", *SMALL, "--output_dir", "two")
+    assert "2 processes\n" in run("train_ldm.py", *SMALL, "--output_dir", "two")
     ours = [line["loss"] for line in metrics(tmp_path / "two") if "loss" in line]
     theirs = [line["loss"] for line in metrics(run_dir) if "loss" in line]
     assert ours == pytest.approx(theirs, rel=1e-3)
 
     options = ["--ipc", "2", "--mixed_precision", "no"]
-    run("sample.py", "--run_dir", str(tmp_path / "two"), *options, "--output_dir", "by-two")
+    assert "2 processes\n" in run("sample.py", "--run_dir", str(tmp_path / "two"), *options, "--output_dir", "by-two")
     assert sample.main(["--run_dir", str(tmp_path / "two"), *options, "--output_dir", str(tmp_path / "by-one")]) == 0
     two, one = DistilledDataset.load(tmp_path / "by-two"), DistilledDataset.load(tmp_path / "by-one")
     assert torch.equal(two.indices, one.indices)
@@ -226,6 +242,63 @@ def test_two_processes_train_and_sample_like_one(run_dir: Path, tmp_path: Path) 
 
 
 # --- other ways to train
+
+
+def colour_folder(path: Path) -> Path:
+    """Two classes that anyone can tell apart, as class folders: dark and bright noise."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 40), ("test", 10)):
+        for name, low in (("bright", 170), ("dark", 0)):
+            folder = path / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(low, low + 85, (16, 16, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    return path
+
+
+def test_own_images_become_a_dataset_of_the_right_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The whole chain on a folder; it would fail if labels and latents were out of step anywhere."""
+    data = ["--dataset", "imagefolder", "--data_dir", str(colour_folder(tmp_path / "photos")), "--image_size", "16"]
+    options = [*SMALL[6:], "--max_train_steps", "150", "--learning_rate", "5e-3", "--ema_stds", "0.05"]
+    options += ["--checkpointing_steps", "150", "--fid_every", "150", "--train_batch_size", "16", "--log_every", "150"]
+    options += ["--observer_epochs", "15"]
+    run = tmp_path / "run"
+    assert train_ldm.main([*data, *options, "--output_dir", str(run)]) == 0
+    assert sample.main(["--run_dir", str(run), "--ipc", "4", "--mixed_precision", "no", "--guidance_scale", "1"]) == 0
+    dataset = DistilledDataset.load(run / "distilled" / "ipc4")
+    assert dataset.class_names == ("bright", "dark")
+    brightness = dataset.pixels.float().mean((1, 2, 3))
+    assert brightness[dataset.labels == 0].mean() > 150 and brightness[dataset.labels == 1].mean() < 105
+    unselected = load_file(run / "baselines" / "random-generated-ipc4.safetensors")
+    brightness = unselected["pixels"].float().mean((1, 2, 3))
+    assert brightness[unselected["labels"] == 0].mean() > 150 and brightness[unselected["labels"] == 1].mean() < 105
+    capsys.readouterr()
+    assert evaluate.main(["--run_dir", str(run), "--epochs", "15", "--repeats", "1", "--protocols", "rded"]) == 0
+    results = json.loads((run / "evaluation" / "ipc4" / "results.json").read_text())
+    assert {row["images"]: row["mean"] for row in results["rows"]}["distilled"] == 1.0
+
+
+def test_gradients_are_clipped_to_the_norm(run_dir: Path, tmp_path: Path) -> None:
+    """Clipped far below Adam's epsilon, they move nothing: the output layer stays at zero."""
+    stay = ["--max_grad_norm", "1e-12", "--max_train_steps", "2", "--fid_every", "0"]
+    assert run_train(tmp_path / "digits", *stay, "--observer", str(run_dir / "observer")) == 0
+    still = load_file(tmp_path / "digits" / "checkpoints" / "step-00000002" / "unet.safetensors")
+    moved = load_file(run_dir / "checkpoints" / "step-00000008" / "unet.safetensors")
+    assert still["conv_out.weight"].abs().max() < 1e-6 < 1e-4 < moved["conv_out.weight"].abs().max()
+
+
+def test_bf16_is_computed_and_float32_is_stored(
+    run_dir: Path, tmp_path: Path, forget_accelerator: Callable[[], None]
+) -> None:
+    short = ["--max_train_steps", "2", "--fid_every", "0", "--observer", str(run_dir / "observer")]
+    assert run_train(tmp_path / "no", *short) == 0
+    forget_accelerator()  # its precision is chosen once a process
+    assert run_train(tmp_path / "bf16", *short, "--mixed_precision", "bf16") == 0
+    coarse, exact = ([line["loss"] for line in metrics(tmp_path / name)] for name in ("bf16", "no"))
+    assert coarse != exact and coarse == pytest.approx(exact, rel=2e-2)
+    stored = load_file(tmp_path / "bf16" / "checkpoints" / "step-00000002" / "unet.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
 
 
 def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -336,7 +409,7 @@ def test_resuming_with_other_settings_is_refused(own_run: Path, capsys: pytest.C
 def test_a_loss_that_is_not_finite_stops_the_run(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "loss_weights", lambda alpha, *_: alpha * float("nan"))
+    monkeypatch.setattr(objective, "loss_weights", lambda alpha, *_: alpha * float("nan"))
     assert run_train(tmp_path / "digits", "--observer", str(run_dir / "observer")) == 2
     message = complaint(capsys)
     assert "loss nan in steps 1 to 1" in message and "last good checkpoint: none" in message

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from ddgen.autoencoder.autoencoder import wrap
 from ddgen.autoencoder.patch_autoencoder import PatchAutoencoderKL
-from ddgen.config import DenoiserConfig, GuidanceConfig, OptimizerConfig, TrainConfig
+from ddgen.config import DenoiserConfig, GuidanceConfig, OptimizerConfig
 from ddgen.diffusion.ema import PowerEMA, std_to_gamma
 from ddgen.diffusion.generator import Generator, load_generator, save_generator
-from ddgen.diffusion.objective import add_noise, build_scheduler, draw, loss_weights, velocity
+from ddgen.diffusion.objective import add_noise, build_scheduler, draw, learning_rate, loss_weights, velocity
 from ddgen.diffusion.pipeline import ddim, ddim_timesteps, guide, solve, to_x0_and_noise
-from ddgen.diffusion.training import best_ema, learning_rate
+from ddgen.diffusion.training import best_ema
 from ddgen.diffusion.unet import build_unet
 from ddgen.errors import UserError
 
@@ -231,8 +231,8 @@ def test_power_ema_is_the_weighted_mean_of_all_weights() -> None:
 
 
 def test_learning_rate_warms_up_stays_and_falls_to_zero() -> None:
-    config = TrainConfig(optimizer=OptimizerConfig(max_train_steps=100, lr_warmup_steps=10, lr_decay_fraction=0.4))
-    rates = [learning_rate(1.0, step, config) for step in range(101)]
+    optim = OptimizerConfig(learning_rate=1.0, max_train_steps=100, lr_warmup_steps=10, lr_decay_fraction=0.4)
+    rates = [learning_rate(optim, step) for step in range(101)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == 1.0 and rates[60] == 1.0
     assert rates[80] == pytest.approx(0.5) and rates[99] == pytest.approx(1 / 40) and rates[100] == 0
 

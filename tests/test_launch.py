@@ -13,12 +13,14 @@ from ddgen import launch
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = """
-import os, torch
+import os, sys, torch
+from pathlib import Path
 from ddgen.launch import start_asked_for_processes
 start_asked_for_processes()
 from ddgen.commands.runs import start_accelerator
 accelerator, _ = start_accelerator("no")
-print("processes", accelerator.num_processes, "threads", torch.get_num_threads(), flush=True)
+said = f"processes {accelerator.num_processes} threads {torch.get_num_threads()}"
+Path(sys.argv[1], f"process{accelerator.process_index}.txt").write_text(said)
 """
 
 
@@ -38,10 +40,12 @@ def test_launching_on_a_cpu_gives_the_processes_and_threads_asked_for(
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "accelerate.commands.launch", *options, str(script)]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options, str(script), str(tmp_path)]
     done = subprocess.run(command, env=environment | variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count(expected) == int(expected.split()[1])
+    # One file a process: two processes that print at once can mix their lines.
+    said = [path.read_text() for path in tmp_path.glob("process*.txt")]
+    assert said == [expected] * int(expected.split()[1])
 
 
 def test_outside_accelerate_nothing_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:

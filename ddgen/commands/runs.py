@@ -29,6 +29,19 @@ RUNS_DIR = Path("runs")
 def start_accelerator(
     mixed_precision: str | None, report_to: str = "none", project_dir: Path | None = None
 ) -> tuple[Accelerator, str]:
+    """Starts accelerate on the device and processes that were asked for.
+
+    Args:
+        mixed_precision: ``--mixed_precision``.
+        report_to: ``--report_to``.
+        project_dir: Where a tracker writes.
+
+    Returns:
+        The accelerator and the resolved precision.
+
+    Raises:
+        UserError: A tracker that is not installed, or a precision the device lacks.
+    """
     if report_to != "none" and importlib.util.find_spec(report_to) is None:
         raise UserError(f"--report_to {report_to}: not installed; pip install {report_to}, or leave it out")
     patience = timedelta(hours=24)  # the others wait while the first process trains the observer
@@ -43,6 +56,8 @@ def start_accelerator(
         project_dir=project_dir,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=patience)],
     )
+    if accelerator.num_processes > 1:
+        accelerator.print(f"{accelerator.num_processes} processes")
     return accelerator, precision
 
 
@@ -54,6 +69,7 @@ def load_on_all(accelerator: Accelerator, data: DataConfig, split: Literal["trai
 
 
 def dataset_name(data: DataConfig) -> str:
+    """Returns ``--dataset``, which has no default."""
     if data.dataset is None:
         raise UserError(
             "--dataset: not set; for instance --dataset tinyimagenet, or imagefolder with --data_dir FOLDER"
@@ -76,6 +92,7 @@ def find_run(run_dir: str | None) -> tuple[Path, str]:
 
 
 def read_run_config(run_dir: Path) -> TrainConfig:
+    """Returns the settings a run was trained with."""
     path = run_dir / "config.yaml"
     if not path.is_file():
         raise UserError(f"--run_dir {run_dir}: config.yaml is missing; give a folder that train_ldm.py wrote")
@@ -83,6 +100,7 @@ def read_run_config(run_dir: Path) -> TrainConfig:
 
 
 def held_out_accuracy(observer: Observer, data: DataConfig, accelerator: Accelerator, precision: str) -> float:
+    """Measures, on the real test images, an observer that ddgen did not train."""
     test = load_on_all(accelerator, data, "test")
     return measure_accuracy(observer, test, device=accelerator.device, precision=precision)
 

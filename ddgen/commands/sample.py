@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from ddgen.checkpoint import read_json, write_bytes
+from ddgen.checkpoint import read_json, remove_dir, write_bytes
 from ddgen.commands.runs import (
     find_run,
     held_out_accuracy,
@@ -45,10 +44,6 @@ RANKING_BATCH_SIZE = 256
 
 def sample(config: SampleConfig) -> int:
     """Candidates, ranking, relabelling: writes a distilled dataset."""
-    if config.ipc < 1 or config.candidates_per_image < 1:
-        raise UserError(
-            f"--ipc {config.ipc}, --candidates_per_image {config.candidates_per_image}: give at least 1 each"
-        )
     run_dir, chosen = find_run(config.run_dir)
     output_dir = Path(config.output_dir or run_dir / "distilled" / f"ipc{config.ipc}")
     if output_dir.exists() and not config.overwrite:
@@ -99,8 +94,9 @@ def sample(config: SampleConfig) -> int:
         accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         _distill(config, run_dir, run_config, generator, observer, pool, count, output_dir, precision, clock)
-        if not (pool_dir / "keep").exists():
-            shutil.rmtree(pool_dir)
+        # One that was kept on purpose stays, and so does what a larger, unfinished, request left.
+        if not (pool_dir / "keep").exists() and pool.num_stored() == total:
+            remove_dir(pool_dir)
     accelerator.wait_for_everyone()
     return 0
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -30,6 +29,7 @@ from ddgen.commands.runs import (
 from ddgen.commands.train_checks import Given, check_training, describe_training, run_folder
 from ddgen.config import (
     DataConfig,
+    ObserverConfig,
     TrainConfig,
     TrainObserverConfig,
     to_flat_dict,
@@ -61,8 +61,6 @@ def train(config: TrainConfig) -> int:
         _write_run_facts(config, dataset, output_dir)
     accelerator.wait_for_everyone()
     say(f"{dataset.name}: {len(dataset):,} training images, {dataset.num_classes} classes, {dataset.image_size} px")
-    if accelerator.num_processes > 1:
-        say(f"{accelerator.num_processes} processes")
 
     observer = _observer_of_run(config, given, dataset, output_dir / "observer", accelerator, precision)
     say(f"observer: {observer.network}, {observer.accuracy:.1%} on held-out real images")
@@ -163,20 +161,15 @@ def _observer_of_run(
         check_observer(observer, dataset.class_names)
         if accelerator.is_main_process:
             observer.save(path)
+        accelerator.wait_for_everyone()
     else:
         observer = _train_observer(config.observer, config.data, dataset, path, accelerator, precision, config.run.seed)
-    accelerator.wait_for_everyone()
-    try:
-        check_observer(observer, dataset.class_names)
-    except UserError:
-        if accelerator.is_main_process:
-            shutil.rmtree(path)  # so that the same run can go on with a better one
-        raise
+    check_observer(observer, dataset.class_names)
     return observer.to(accelerator.device).requires_grad_(False)
 
 
 def _train_observer(
-    config: Any,
+    config: ObserverConfig,
     data: DataConfig,
     dataset: ImageDataset,
     path: Path,

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 import torch
 from diffusers import DDIMScheduler
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from ddgen.config import DenoiserConfig
+from ddgen.config import DenoiserConfig, OptimizerConfig
+from ddgen.precision import autocast
 from ddgen.seeds import torch_generator
 
 
@@ -90,3 +92,45 @@ def loss_weights(alpha_cumprod: Tensor, snr_gamma: float | None) -> Tensor:
         return torch.ones_like(alpha_cumprod)
     snr = alpha_cumprod / (1 - alpha_cumprod)
     return snr.clamp(max=snr_gamma) / (snr + 1)
+
+
+@dataclass(frozen=True)
+class DiffusionLoss:
+    """The loss of the denoiser on a batch of latents; noise and loss are float32 whatever the network computes in.
+
+    Attributes:
+        config: Settings of the objective.
+        alphas_cumprod: Of the training schedule, (num_timesteps,), on the device.
+        null_label: Class that stands for "no class".
+        precision: Autocast precision of the network, resolved.
+    """
+
+    config: DenoiserConfig
+    alphas_cumprod: Tensor
+    null_label: int
+    precision: str
+
+    def __call__(self, unet: nn.Module, latents: Tensor, labels: Tensor, draws: Draws) -> Tensor:
+        """Returns the mean loss, a scalar.
+
+        Args:
+            unet: Maps (noisy latents, timesteps, labels) to an output with ``sample``.
+            latents: Standardised, float32 (b, d, h, w).
+            labels: int64 (b,).
+            draws: The randomness of this batch, on the device.
+        """
+        alpha = self.alphas_cumprod[draws.timesteps]
+        noisy = add_noise(latents, draws.noise, alpha)
+        kept = torch.where(draws.dropped, self.null_label, labels)
+        with autocast(latents.device, self.precision):
+            output = unet(noisy, draws.timesteps, kept).sample
+        wanted = velocity(latents, draws.noise, alpha)
+        error = F.mse_loss(output.float(), wanted, reduction="none").mean((1, 2, 3))
+        return (loss_weights(alpha, self.config.snr_gamma) * error).mean()
+
+
+def learning_rate(optim: OptimizerConfig, step: int) -> float:
+    """Returns the learning rate of optimizer step `step`: linear warm-up, constant, linear fall to zero at the end."""
+    warm = min(1.0, (step + 1) / max(optim.lr_warmup_steps, 1))
+    decay_steps = max(optim.lr_decay_fraction * optim.max_train_steps, 1)
+    return optim.learning_rate * warm * min(1.0, (optim.max_train_steps - step) / decay_steps)

@@ -71,6 +71,11 @@ class CandidatePool:
         present = {index for first, last, _ in self._shards(class_index) for index in range(first, last + 1)}
         return [index for index in range(count) if index not in present]
 
+    def num_stored(self) -> int:
+        """Returns how many candidates of all classes are on disk."""
+        spans = [(first, last) for label in range(len(self.class_names)) for first, last, _ in self._shards(label)]
+        return sum(last + 1 - first for first, last in spans)
+
     def fill(
         self,
         sample_fn: SampleFunction,

@@ -106,12 +106,7 @@ def evaluate(
     """
     recipes = [get_protocol(name) for name in protocols]
     ipc = _check(distilled, train, test, observer, recipes, students, repeats, epochs, random_generated)
-    sources = [_Source("distilled", lambda repeat: (distilled.pixels, distilled.labels))]
-    if random_generated is not None:
-        generated = random_generated
-        sources.append(_Source("random generated", lambda repeat: generated))
-    sources.append(_Source("random real", lambda repeat: random_real(train, ipc, derive(seed, "repeat", repeat))))
-    sources[-1].draw(0)  # a class too small is found now
+    sources = _sources(distilled, random_generated, train, ipc, seed)
     setting = _Setting(
         test, observer, len(distilled.class_names), ipc, epochs, repeats, seed, device, precision,
         output_dir / "cells", flip, progress,
@@ -143,6 +138,22 @@ def evaluate(
     write_results(results, output_dir / "results.json")
     draw_accuracy(results, output_dir / "accuracy.png")
     return results
+
+
+def _sources(
+    distilled: DistilledDataset,
+    random_generated: tuple[Tensor, Tensor] | None,
+    train: ImageDataset,
+    ipc: int,
+    seed: int,
+) -> list[_Source]:
+    """Returns the images of every kind of row; a class too small for the random real ones is found now."""
+    sources = [_Source("distilled", lambda repeat: (distilled.pixels, distilled.labels))]
+    if random_generated is not None:
+        sources.append(_Source("random generated", lambda repeat: random_generated))
+    sources.append(_Source("random real", lambda repeat: random_real(train, ipc, derive(seed, "repeat", repeat))))
+    sources[-1].draw(0)
+    return sources
 
 
 def png_bytes(pixels: Tensor) -> int:

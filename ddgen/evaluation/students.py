@@ -26,6 +26,7 @@ from ddgen.evaluation.augment import (
 )
 from ddgen.evaluation.protocols import Protocol
 from ddgen.observer.networks import build_network, uses_channels_last
+from ddgen.observer.observer import to_images01
 from ddgen.precision import autocast
 from ddgen.seeds import derive, numpy_generator
 
@@ -158,14 +159,9 @@ def train_student(
         for epoch in range(num_epochs):
             epoch_started = time.perf_counter()
             set_learning_rate(optimizer, protocol.learning_rate_at(epoch, num_epochs, peak))
-            loss = torch.zeros((), device=device)
             for _ in range(-(-len(images) // batch_size)):
                 loss = _step(student, next(batches), protocol, optimizer, scaler, device, precision)
-            if not torch.isfinite(loss):
-                raise UserError(
-                    f"--protocols {protocol.name}: the loss of student {network} is not finite after epoch "
-                    f"{epoch + 1}; --mixed_precision {precision} may be too coarse, try no"
-                )
+            _check_finite(loss, protocol, network, epoch, precision)
             train_seconds += time.perf_counter() - epoch_started
             accuracy = None
             if epoch + 1 in scored:
@@ -181,6 +177,14 @@ def train_student(
         seconds=time.perf_counter() - started,
         images_per_second=num_epochs * len(images) / train_seconds,
     )
+
+
+def _check_finite(loss: Tensor, protocol: Protocol, network: str, epoch: int, precision: str) -> None:
+    if not torch.isfinite(loss):
+        raise UserError(
+            f"--protocols {protocol.name}: the loss of student {network} is not finite after epoch "
+            f"{epoch + 1}; --mixed_precision {precision} may be too coarse, try no"
+        )
 
 
 def scored_epochs(epochs: int, num_images: int, num_test: int) -> list[int]:
@@ -201,7 +205,7 @@ def score(student: nn.Module, test: ImageDataset, protocol: Protocol, *, device:
     batch_size = max(32, _TEST_PIXELS // size**2)
     correct = torch.zeros((), dtype=torch.int64, device=device)
     for start in range(0, len(test), batch_size):
-        images = to_images01(test.pixels[start : start + batch_size].to(device))
+        images = to_images01(test.pixels[start : start + batch_size], device)
         if protocol.test_resize:
             images = enlarge_and_crop(images)
         with autocast(device, precision):
@@ -223,11 +227,6 @@ def enlarge_and_crop(images: Tensor) -> Tensor:
     enlarged = F.interpolate(images, size=(larger, larger), mode="bilinear", antialias=True, align_corners=False)
     start = (larger - size) // 2
     return enlarged[:, :, start : start + size, start : start + size]
-
-
-def to_images01(pixels: Tensor) -> Tensor:
-    """Turns uint8 pixels into floats in [0, 1]."""
-    return pixels.float().div_(255)
 
 
 def soft_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
@@ -292,7 +291,7 @@ def _stream(
         rng = numpy_generator(seed, "student", "epoch", epoch)
         order = torch.from_numpy(rng.permutation(len(images))).to(images.device)
         for indices in order.split(batch_size):
-            batch = _augment(to_images01(images[indices]), protocol, factor, flip, rng)
+            batch = _augment(to_images01(images[indices], images.device), protocol, factor, flip, rng)
             paste = torch.from_numpy(rng.permutation(len(indices))).to(images.device)
             mixed, own = cutmix(batch, paste, draw_cutmix(rng, batch.shape[-1], protocol.cutmix_alpha))
             own_labels = labels[indices]

@@ -12,7 +12,6 @@ from ddgen.data import ImageDataset
 from ddgen.data.classes import check_class_order
 from ddgen.errors import UserError
 from ddgen.observer.observer import Observer, predict_pixels
-from ddgen.seeds import numpy_generator
 
 
 @dataclass(frozen=True)
@@ -82,12 +81,6 @@ def measure_accuracy(
         )
         hits += int((logits.argmax(dim=1) == dataset.labels[part]).sum())
     return hits / max(1, len(chosen))
-
-
-def random_subset(dataset: ImageDataset, count: int, seed: int) -> Tensor:
-    """Returns `count` image indices (all when there are fewer), sorted, the same for the same seed."""
-    order = numpy_generator(seed, "observer-subset").permutation(len(dataset))[:count]
-    return torch.from_numpy(order).sort().values
 
 
 def check_observer(observer: Observer, dataset_classes: Sequence[str], *, min_ratio: float = 2.0) -> None:

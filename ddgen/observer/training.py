@@ -18,7 +18,7 @@ from ddgen.data import ImageDataset, split_holdout
 from ddgen.errors import UserError
 from ddgen.observer.networks import build_network, uses_channels_last
 from ddgen.observer.observer import Observer, Triple
-from ddgen.observer.realism import measure_accuracy
+from ddgen.observer.realism import check_observer, measure_accuracy
 from ddgen.precision import autocast
 from ddgen.seeds import batch_indices, derive, torch_generator
 
@@ -61,7 +61,7 @@ def train_observer(
         The observer, in eval mode on `device`, with `accuracy`.
 
     Raises:
-        UserError: Impossible settings, a folder that exists, or a loss that is not finite.
+        UserError: Impossible settings, a folder that exists, a loss that is not finite, or an accuracy near chance.
     """
     _check_settings(config, output_dir)
     train_indices, holdout_indices = split_holdout(dataset, config.observer_holdout, seed)
@@ -80,6 +80,7 @@ def train_observer(
         run = _Run(config, dataset, train_indices, holdout_indices, device, precision, seed, flip)
         _loop(run, observer, output_dir.with_name(output_dir.name + "_metrics.jsonl"), progress)
     observer.eval()
+    check_observer(observer, dataset.class_names)  # before it is saved: a run goes on with the observer it finds
     observer.save(output_dir)
     return observer
 

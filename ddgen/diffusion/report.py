@@ -1,0 +1,197 @@
+"""What a training run tells while it runs: progress bar, metrics.jsonl, trackers, sample grids, FID curve."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from ddgen.checkpoint import latest_checkpoint, write_bytes
+from ddgen.config import TrainConfig
+from ddgen.diffusion.generator import Generator
+from ddgen.diffusion.objective import learning_rate
+from ddgen.diffusion.run import TrainingRun
+from ddgen.errors import UserError
+from ddgen.grids import image_grid
+
+Monitor = Callable[[Tensor], dict[str, float]]
+GRID_COLUMNS, GRID_ROWS = 8, 10
+
+
+class Report:
+    """Progress bar, metrics.jsonl, trackers, sample grids and the FID curve."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        run: TrainingRun,
+        sampled: Generator,
+        accelerator: Accelerator,
+        monitor: Monitor | None,
+        on_metrics: Callable[[Path], None] | None,
+    ) -> None:
+        """Starts where the run stands.
+
+        Args:
+            config: Settings.
+            run: What is reported on.
+            sampled: A generator of its own, whose weights are replaced by an average before it samples.
+            accelerator: Processes and trackers.
+            monitor: See `train_diffusion`.
+            on_metrics: See `train_diffusion`.
+        """
+        self.config, self.run, self.accelerator = config, run, accelerator
+        self.monitor, self.on_metrics = monitor, on_metrics
+        self.metrics_path = run.output_dir / "metrics.jsonl"
+        self.sampled = sampled
+        self.losses: list[Tensor] = []
+        self.norm = torch.zeros(())
+        self.clock, self.clock_step = time.perf_counter(), run.step
+        self.bar = tqdm(
+            total=config.optimizer.max_train_steps * config.optimizer.train_batch_size,
+            initial=run.step * config.optimizer.train_batch_size,
+            desc="diffusion",
+            unit="img",
+            unit_scale=True,
+            disable=not accelerator.is_main_process,
+        )
+        if accelerator.is_main_process:
+            _truncate_metrics(self.metrics_path, run)
+
+    def at_boundary(self) -> bool:
+        """Whether processes may talk to each other at this step without slowing training down."""
+        return self.accelerator.num_processes == 1 or self.run.step % 10 == 0
+
+    def after_step(self, loss: Tensor, norm: Tensor) -> None:
+        """Takes the loss and the gradient norm of a step, and does what is due at it."""
+        monitor, step = self.config.monitor, self.run.step
+        self.losses.append(loss)
+        self.norm = norm
+        self.bar.update(self.config.optimizer.train_batch_size)
+        last = step == self.config.optimizer.max_train_steps
+        if step % monitor.log_every == 0 or last:
+            self._log_loss()
+        every = monitor.sample_every if monitor.sample_every is not None else monitor.fid_every
+        if every and (step % every == 0 or last) and self.accelerator.is_main_process:
+            self._without_clock(self._save_grid)
+        if monitor.fid_every and (step % monitor.fid_every == 0 or last):
+            self._without_clock(self._measure_distance)
+
+    def generator(self, ema_std: float) -> Generator:
+        """Returns a generator with one average of the weights."""
+        self.run.ema.copy_to(ema_std, list(self.sampled.unet.parameters()))
+        return self.sampled
+
+    def close(self) -> None:
+        """Ends the progress bar."""
+        self.bar.close()
+
+    def _log_loss(self) -> None:
+        mean = torch.stack(self.losses).mean()
+        if self.accelerator.num_processes > 1:
+            mean = self.accelerator.reduce(mean, reduction="mean")
+        value = mean.item()
+        if not math.isfinite(value):
+            last_good = latest_checkpoint(self.run.checkpoints_dir)
+            raise UserError(
+                f"loss {value} in steps {self.run.step - len(self.losses) + 1} to {self.run.step}:"
+                f" lower --learning_rate or use --mixed_precision no; last good checkpoint: {last_good or 'none'}"
+            )
+        steps, seconds = self.run.step - self.clock_step, time.perf_counter() - self.clock
+        rate = steps * self.config.optimizer.train_batch_size / max(seconds, 1e-9)
+        self.losses, self.clock, self.clock_step = [], time.perf_counter(), self.run.step
+        self.bar.set_postfix(step=self.run.step, loss=f"{value:.4f}", refresh=False)
+        lr = learning_rate(self.config.optimizer, self.run.step - 1)
+        norm = float(self.norm)
+        self._write(
+            {"loss": value, "lr": lr, "grad_norm": norm if math.isfinite(norm) else None, "images_per_second": rate}
+        )
+
+    def _without_clock(self, work: Callable[[], None]) -> None:
+        """Runs `work` without counting its time against the training rate."""
+        start = time.perf_counter()
+        work()
+        self.clock += time.perf_counter() - start
+
+    def _save_grid(self) -> None:
+        num_classes = len(self.sampled.class_names)
+        classes = torch.linspace(0, num_classes - 1, min(num_classes, GRID_ROWS)).round().long()
+        generator = self.generator(self.config.optimizer.ema_stds[0])
+        labels = classes.repeat_interleave(GRID_COLUMNS)
+        indices = torch.arange(GRID_COLUMNS).repeat(len(classes))
+        few = generator.with_sampling(num_inference_steps=self.config.monitor.fid_num_inference_steps)
+        pixels = few.sample(labels, indices, self.config.run.seed)
+        path = self.run.output_dir / "samples" / f"step-{self.run.step:08d}.png"
+        path.parent.mkdir(exist_ok=True)
+        image_grid(pixels, GRID_COLUMNS).save(path)
+
+    def _measure_distance(self) -> None:
+        values: dict[str, float] = {}
+        for std in self.run.ema.averages:
+            pixels = self._sample_for_distance(self.generator(std))
+            if not self.accelerator.is_main_process:
+                continue
+            assert self.monitor is not None
+            measured = self.monitor(pixels)
+            self.run.distances.setdefault(f"ema_{std}", []).append((self.run.step, next(iter(measured.values()))))
+            values |= {f"{name}/ema_{std}": value for name, value in measured.items()}
+        if self.accelerator.is_main_process:
+            self._write(values)
+            text = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
+            self.bar.write(f"step {self.run.step}: {text}")
+            if self.on_metrics is not None:
+                self.on_metrics(self.metrics_path)
+        self.accelerator.wait_for_everyone()
+
+    def _sample_for_distance(self, generator: Generator) -> Tensor:
+        """Generates the images of one point of the curve, the work shared among the processes."""
+        count = self.config.monitor.fid_num_images
+        labels = torch.arange(count) % len(generator.class_names)
+        indices = torch.arange(count) // len(generator.class_names)
+        generator = generator.with_sampling(
+            num_inference_steps=self.config.monitor.fid_num_inference_steps, guidance_scale=1.0
+        )
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        mine = torch.arange(rank, math.ceil(count / world) * world, world) % count
+        parts = [generator.sample(labels[i], indices[i], self.config.run.seed) for i in mine.split(128)]
+        pixels = torch.cat(parts)
+        if world > 1:
+            gathered = self.accelerator.gather(pixels.to(self.accelerator.device)).cpu()
+            pixels = gathered.reshape(world, len(mine), *pixels.shape[1:]).transpose(0, 1).flatten(0, 1)[:count]
+        return pixels
+
+    def _write(self, values: Mapping[str, float | None]) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        with open(self.metrics_path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": self.run.step, **values}, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.accelerator.log({k: v for k, v in values.items() if v is not None}, step=self.run.step)
+
+
+def _truncate_metrics(path: Path, run: TrainingRun) -> None:
+    """Drops the lines of metrics.jsonl that a resumed run will write again, and remembers the distances before it."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # the line that was being written when the run was killed
+        if values["step"] <= run.step:
+            kept.append(line)
+            for std in run.ema.averages:
+                names = [n for n in values if n.endswith(f"/ema_{std}")]
+                if names:
+                    run.distances.setdefault(f"ema_{std}", []).append((values["step"], values[names[0]]))
+    write_bytes(path, "".join(line + "\n" for line in kept).encode())
