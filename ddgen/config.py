@@ -142,14 +142,19 @@ class OptimizerConfig:
 class MonitorConfig:
     """What is watched while training runs."""
 
-    fid_every: int = 1000
-    """Steps between points of the FID curve; 0 switches it off."""
+    fid_every: int | None = None
+    """Steps between points of the FID curve; 0 switches it off. Default: as often as keeps the curve under 10 % of
+    training, counted in multiplications, 50 points at most; the last step always is one."""
     fid_num_images: int = 1000
     """Generated images per point of the FID curve."""
     fid_num_inference_steps: int = 20
     """Sampler steps for the FID curve."""
+    fd_network: str | None = None
+    """Network in whose features images are compared: `inception` (the 2015-12-05 weights, downloaded if not at hand),
+    `observer`, or folder or hub id of a transformers vision backbone (facebook/dinov2-base). Default: Inception where
+    its weights are at hand, otherwise the observer."""
     inception_weights: str | None = None
-    """The 2015-12-05 Inception weights as a local file. Without them FD is measured in the observer's features."""
+    """The 2015-12-05 Inception weights as a local file. Default: the file in torch hub's cache, if it is there."""
     sample_every: int | None = None
     """Steps between sample grids. Default: --fid_every."""
     log_every: int = 50
@@ -335,7 +340,7 @@ RANGES: dict[str, tuple[float, float]] = {
     )},
     **{name: (0, 1) for name in ("unet_dropout", "class_dropout", "lr_decay_fraction", "guidance_interval")},
     "observer_holdout": (0.001, 0.9),
-    "fid_num_images": (2, math.inf),
+    "fid_num_images": (6, math.inf),  # neighbours are counted up to the fifth
     "ema_stds": (0.005, 0.25),
     "seed": (0, 2**63 - 1),
 }  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -39,8 +41,10 @@ from ddgen.data import ImageDataset
 from ddgen.diffusion.generator import Generator, save_generator
 from ddgen.diffusion.training import Stopped, train_diffusion
 from ddgen.errors import UserError
-from ddgen.evaluation.curve import draw_fid_curve
-from ddgen.evaluation.frechet import DistanceMonitor, inception_extractor, observer_extractor
+from ddgen.evaluation.cost import plan_of_run
+from ddgen.evaluation.curve import best_point, draw_fid_curve
+from ddgen.evaluation.extractors import Extractor, choose_extractor, observer_extractor
+from ddgen.evaluation.monitor import DistanceMonitor
 from ddgen.observer.observer import Observer
 from ddgen.observer.realism import check_observer
 from ddgen.observer.training import train_observer
@@ -53,10 +57,12 @@ def train(config: TrainConfig) -> int:
     say = accelerator.print
     dataset = load_on_all(accelerator, config.data, "train")
     given = check_training(config, dataset, accelerator, precision)
+    extractor = None
+    if config.monitor.fid_every != 0 and accelerator.is_main_process:  # what cannot be had is found now
+        extractor = choose_extractor(config.monitor.fd_network, config.monitor.inception_weights)
     if config.run.dry_run:
         say(describe_training(config, dataset, given, output_dir, accelerator, precision))
         return 0
-    extractor = inception_extractor(config.monitor.inception_weights)  # a wrong file is found now
     if accelerator.is_main_process:
         _write_run_facts(config, dataset, output_dir)
     accelerator.wait_for_everyone()
@@ -66,17 +72,11 @@ def train(config: TrainConfig) -> int:
     say(f"observer: {observer.network}, {observer.accuracy:.1%} on held-out real images")
     autoencoder, latents = _autoencoder_of_run(config, given, dataset, observer, output_dir, accelerator, precision)
 
-    monitor = None
-    if config.monitor.fid_every and accelerator.is_main_process:
-        monitor = DistanceMonitor(
-            dataset,
-            extractor or observer_extractor(observer),
-            num_images=config.monitor.fid_num_images,
-            cache_dir=output_dir / "reference",
-            device=accelerator.device,
-            precision=precision,
-            seed=config.run.seed,
-        )
+    monitor, fid_every = None, 0
+    if config.monitor.fid_every != 0:
+        if accelerator.is_main_process:
+            monitor = _monitor_of_run(config, dataset, observer, extractor, output_dir, accelerator)
+        fid_every = _plan_of_run(config, latents, autoencoder, monitor, accelerator)
     if config.monitor.report_to != "none":
         accelerator.init_trackers("ddgen", config=_tracker_config(config))
     try:
@@ -91,8 +91,9 @@ def train(config: TrainConfig) -> int:
             precision=precision,
             output_dir=output_dir,
             resume_from=resume_from,
+            fid_every=fid_every,
             monitor=monitor,
-            on_metrics=partial(draw_fid_curve, png_path=output_dir / "fid_curve.png"),
+            on_metrics=partial(_draw, monitor, output_dir),
         )
     except Stopped as stopped:
         say(str(stopped))
@@ -103,7 +104,10 @@ def train(config: TrainConfig) -> int:
         save_generator(generator, output_dir / "generator", card, replace_existing=True)
     accelerator.wait_for_everyone()
     say(f"generator:   {output_dir / 'generator'}")
-    if config.monitor.fid_every:
+    best = best_point(output_dir / "metrics.jsonl") if fid_every and accelerator.is_main_process else None
+    if best is not None:
+        metric, step, average, value = best
+        say(f"best:        {metric} {value:.4g} at step {step:,.0f}, {average}")
         say(f"FID curve:   {output_dir / 'fid_curve.png'}")
     say(f"samples:     {output_dir / 'samples'}")
     say(f"next:        python sample.py --run_dir {shlex.quote(str(output_dir))} --ipc 10")
@@ -232,6 +236,53 @@ def _autoencoder_of_run(
             flip=config.data.may_flip,
             fingerprint=f"{autoencoder.fingerprint()}-{dataset.fingerprint}",
         )
+
+
+def _monitor_of_run(
+    config: TrainConfig,
+    dataset: ImageDataset,
+    observer: Observer,
+    extractor: Extractor | None,
+    output_dir: Path,
+    accelerator: Accelerator,
+) -> DistanceMonitor:
+    start = time.perf_counter()
+    monitor = DistanceMonitor(
+        dataset,
+        extractor or observer_extractor(observer),
+        observer,
+        num_images=config.monitor.fid_num_images,
+        cache_dir=output_dir / "reference",
+        device=accelerator.device,
+        seed=config.run.seed,
+        say=accelerator.print,
+    )
+    images, seconds = len(monitor.order), time.perf_counter() - start
+    accelerator.print(f"compared in the features of {monitor.extractor.name}; {images:,} real images, {seconds:.0f} s")
+    return monitor
+
+
+def _plan_of_run(
+    config: TrainConfig,
+    latents: LatentCache,
+    autoencoder: Autoencoder,
+    monitor: DistanceMonitor | None,
+    accelerator: Accelerator,
+) -> int:
+    """Says when points of the FID curve are measured and what they cost; returns the steps between them."""
+    every = [0]
+    if monitor is not None:
+        plan = plan_of_run(config, (latents.mean.shape[2], latents.mean.shape[3]), autoencoder, monitor)
+        accelerator.print(f"FID curve: {plan}")
+        every = [plan.every]
+    return int(broadcast_object_list(every)[0])
+
+
+def _draw(monitor: DistanceMonitor | None, output_dir: Path, metrics_path: Path) -> None:
+    """Brings the pictures of the FID curve and of suspected copies up to date."""
+    draw_fid_curve(metrics_path, output_dir / "fid_curve.png")
+    if monitor is not None:
+        monitor.save_suspects(output_dir / "samples" / "nearest_training.png")
 
 
 def _perceptual_loss(observer: Observer) -> Callable[[Tensor, Tensor], Tensor]:

@@ -64,7 +64,7 @@ def run_folder(config: TrainConfig) -> tuple[Path, Path | None]:
 _MAY_CHANGE = {
     *("output_dir", "resume_from_checkpoint", "dry_run", "data_dir", "cache_dir", "skip_bad_images"),
     *("checkpointing_steps", "checkpoints_total_limit", "log_every", "report_to", "sample_every", "fid_every"),
-    *("fid_num_images", "fid_num_inference_steps", "inception_weights", "mixed_precision"),
+    *("fid_num_images", "fid_num_inference_steps", "fd_network", "inception_weights", "mixed_precision"),
     *("gradient_accumulation_steps", "num_inference_steps", "guidance_scale", "guidance_interval", "sampler"),
 }
 _OF_OBSERVER = {"observer", *(name for name in vars(ObserverConfig()) if name.startswith("observer_"))}

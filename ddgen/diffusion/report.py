@@ -22,7 +22,7 @@ from ddgen.diffusion.run import TrainingRun
 from ddgen.errors import UserError
 from ddgen.grids import image_grid
 
-Monitor = Callable[[Tensor], dict[str, float]]
+Monitor = Callable[[Tensor, Tensor], dict[str, float]]
 GRID_COLUMNS, GRID_ROWS = 8, 10
 
 
@@ -35,6 +35,7 @@ class Report:
         run: TrainingRun,
         sampled: Generator,
         accelerator: Accelerator,
+        fid_every: int,
         monitor: Monitor | None,
         on_metrics: Callable[[Path], None] | None,
     ) -> None:
@@ -45,16 +46,18 @@ class Report:
             run: What is reported on.
             sampled: A generator of its own, whose weights are replaced by an average before it samples.
             accelerator: Processes and trackers.
+            fid_every: See `train_diffusion`.
             monitor: See `train_diffusion`.
             on_metrics: See `train_diffusion`.
         """
         self.config, self.run, self.accelerator = config, run, accelerator
-        self.monitor, self.on_metrics = monitor, on_metrics
+        self.fid_every, self.monitor, self.on_metrics = fid_every, monitor, on_metrics
         self.metrics_path = run.output_dir / "metrics.jsonl"
         self.sampled = sampled
         self.losses: list[Tensor] = []
         self.norm = torch.zeros(())
         self.clock, self.clock_step = time.perf_counter(), run.step
+        self.started, self.curve_seconds = self.clock, 0.0
         self.bar = tqdm(
             total=config.optimizer.max_train_steps * config.optimizer.train_batch_size,
             initial=run.step * config.optimizer.train_batch_size,
@@ -79,11 +82,14 @@ class Report:
         last = step == self.config.optimizer.max_train_steps
         if step % monitor.log_every == 0 or last:
             self._log_loss()
-        every = monitor.sample_every if monitor.sample_every is not None else monitor.fid_every
+        every = monitor.sample_every if monitor.sample_every is not None else self.fid_every
         if every and (step % every == 0 or last) and self.accelerator.is_main_process:
             self._without_clock(self._save_grid)
-        if monitor.fid_every and (step % monitor.fid_every == 0 or last):
-            self._without_clock(self._measure_distance)
+        if self.fid_every and (step % self.fid_every == 0 or last):
+            self.curve_seconds += self._without_clock(self._measure_distance)
+            if last and self.accelerator.is_main_process:
+                share = self.curve_seconds / (time.perf_counter() - self.started)
+                self.bar.write(f"the FID curve took {share:.1%} of the training time".replace("%", " %"))
 
     def generator(self, ema_std: float) -> Generator:
         """Returns a generator with one average of the weights."""
@@ -115,11 +121,15 @@ class Report:
             {"loss": value, "lr": lr, "grad_norm": norm if math.isfinite(norm) else None, "images_per_second": rate}
         )
 
-    def _without_clock(self, work: Callable[[], None]) -> None:
-        """Runs `work` without counting its time against the training rate."""
+    def _without_clock(self, work: Callable[[], None]) -> float:
+        """Runs `work` without counting its time against the training rate; returns its seconds."""
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()  # the steps still queued are training's
         start = time.perf_counter()
         work()
-        self.clock += time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        self.clock += seconds
+        return seconds
 
     def _save_grid(self) -> None:
         num_classes = len(self.sampled.class_names)
@@ -136,23 +146,35 @@ class Report:
     def _measure_distance(self) -> None:
         values: dict[str, float] = {}
         for std in self.run.ema.averages:
-            pixels = self._sample_for_distance(self.generator(std))
+            pixels, labels = self._sample_for_distance(self.generator(std))
             if not self.accelerator.is_main_process:
                 continue
             assert self.monitor is not None
-            measured = self.monitor(pixels)
-            self.run.distances.setdefault(f"ema_{std}", []).append((self.run.step, next(iter(measured.values()))))
+            measured = self.monitor(pixels, labels)
+            metric, distance = next(iter(measured.items()))
+            self.run.add_distance(metric, std, self.run.step, distance)
             values |= {f"{name}/ema_{std}": value for name, value in measured.items()}
         if self.accelerator.is_main_process:
-            self._write(values)
-            text = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
-            self.bar.write(f"step {self.run.step}: {text}")
+            self._write(values | self._best())
+            now = ", ".join(
+                f"{self.run.distances[f'ema_{std}'][-1][1]:.3f} (EMA {std})" for std in self.run.ema.averages
+            )
+            self.bar.write(f"step {self.run.step}: {self.run.metric} {now}")
             if self.on_metrics is not None:
                 self.on_metrics(self.metrics_path)
         self.accelerator.wait_for_everyone()
 
-    def _sample_for_distance(self, generator: Generator) -> Tensor:
-        """Generates the images of one point of the curve, the work shared among the processes."""
+    def _best(self) -> dict[str, float]:
+        points = [
+            (distance, step, std)
+            for std in self.run.ema.averages
+            for step, distance in self.run.distances[f"ema_{std}"]
+        ]
+        distance, step, std = min(points)
+        return {f"best/{self.run.metric}": distance, "best/step": step, "best/ema_std": std}
+
+    def _sample_for_distance(self, generator: Generator) -> tuple[Tensor, Tensor]:
+        """Generates the images of one point of the curve, the work shared among the processes, and their classes."""
         count = self.config.monitor.fid_num_images
         labels = torch.arange(count) % len(generator.class_names)
         indices = torch.arange(count) // len(generator.class_names)
@@ -166,7 +188,7 @@ class Report:
         if world > 1:
             gathered = self.accelerator.gather(pixels.to(self.accelerator.device)).cpu()
             pixels = gathered.reshape(world, len(mine), *pixels.shape[1:]).transpose(0, 1).flatten(0, 1)[:count]
-        return pixels
+        return pixels, labels
 
     def _write(self, values: Mapping[str, float | None]) -> None:
         if not self.accelerator.is_main_process:
@@ -193,5 +215,5 @@ def _truncate_metrics(path: Path, run: TrainingRun) -> None:
             for std in run.ema.averages:
                 names = [n for n in values if n.endswith(f"/ema_{std}")]
                 if names:
-                    run.distances.setdefault(f"ema_{std}", []).append((values["step"], values[names[0]]))
+                    run.add_distance(names[0].removesuffix(f"/ema_{std}"), std, values["step"], values[names[0]])
     write_bytes(path, "".join(line + "\n" for line in kept).encode())

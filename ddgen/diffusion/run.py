@@ -36,6 +36,7 @@ class TrainingRun:
         output_dir: The run folder.
         identity: What must be the same in a run and in its resumption.
         scaler: Loss scaler of fp16, otherwise None.
+        metric: Name of the distance that the FID curve shows.
         distances: "ema_<std>" -> (step, distance from the real images) of every point of the FID curve.
     """
 
@@ -46,6 +47,7 @@ class TrainingRun:
     identity: dict[str, Any]
     step: int = 0
     scaler: Any = None
+    metric: str = ""
     distances: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
 
     @classmethod
@@ -97,6 +99,12 @@ class TrainingRun:
             scaler = self.scaler.state_dict() if self.scaler is not None else None
             write_json(temporary / "state.json", {"step": self.step, "identity": self.identity, "scaler": scaler})
         return path
+
+    def add_distance(self, metric: str, std: float, step: int, distance: float) -> None:
+        """Adds a point to the FID curve; one of another distance starts it anew, since they do not compare."""
+        if metric != self.metric:
+            self.metric, self.distances = metric, {}
+        self.distances.setdefault(f"ema_{std}", []).append((step, distance))
 
     def load(self, path: Path) -> None:
         """Goes back to a checkpoint.

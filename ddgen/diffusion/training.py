@@ -51,6 +51,7 @@ def train_diffusion(
     precision: str,
     output_dir: Path,
     resume_from: Path | None,
+    fid_every: int = 0,
     monitor: Monitor | None = None,
     on_metrics: Callable[[Path], None] | None = None,
 ) -> Generator:
@@ -67,8 +68,10 @@ def train_diffusion(
         precision: Autocast precision, resolved.
         output_dir: The run folder; gets metrics.jsonl, samples/, checkpoints/.
         resume_from: A checkpoint to go on from.
-        monitor: Maps generated pixels, uint8 (m, 3, h, w), to named distances from the real images. The first is the
-            one by which the average is chosen. Needed on the main process unless --fid_every is 0.
+        fid_every: Steps between points of the FID curve; 0 for none.
+        monitor: Maps generated pixels, uint8 (m, 3, h, w), and the classes they were made for, int64 (m,), to named
+            distances from the real images. The first is the one by which the average is chosen. Needed on the main
+            process unless `fid_every` is 0.
         on_metrics: Called with the path of metrics.jsonl after every point of the FID curve.
 
     Returns:
@@ -96,7 +99,7 @@ def train_diffusion(
         accelerator.print(f"resumed from {resume_from.name}")
     copied = copy.deepcopy(run.unet).eval().requires_grad_(False)
     sampled = Generator(copied, autoencoder, scheduler, class_names, image_size, config.guidance, precision)
-    report = Report(config, run, sampled, accelerator, monitor, on_metrics)
+    report = Report(config, run, sampled, accelerator, fid_every, monitor, on_metrics)
     unet, optimizer = accelerator.prepare(run.unet, run.optimizer)
     unet.train()
 

@@ -1,32 +1,39 @@
-"""The FID curve: distance to the real images against training steps, as a picture."""
+"""The FID curve: distance to the real images, and what goes with it, against training steps, as a picture."""
 
 from __future__ import annotations
 
 import io
 import json
+import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from ddgen.checkpoint import write_bytes
+from ddgen.evaluation.neighbours import COPY_LEVEL
 
-METRIC = re.compile(r"^(?P<metric>(?P<kind>fid|fd|kid)_(?P<rest>[^/]+))(?:/(?P<average>.+))?$")
+PANELS = (("fid", "fd"), ("kid",), ("precision", "recall"), ("density", "coverage"), ("consistency",), ("memorised",))
+METRIC = re.compile(rf"^(?P<metric>(?P<kind>{'|'.join(sum(PANELS, ()))})_(?P<rest>[^/]+))(?:/(?P<average>.+))?$")
+LOWER_IS_BETTER = {"fid", "fd", "kid", "memorised"}
+COLUMNS = 3
 LOG_SCALE_ABOVE = 10.0  # ratio of largest to smallest value
 COLOURS = ("#1f6f8b", "#d1603d", "#5b8c3a", "#7a5195")
-GREY = "#5a5a5a"
+DASHES: tuple[Literal["-", "--"], ...] = ("-", "--")  # of the measures in a panel
+GREY, FAINT = "#5a5a5a", "#e3e3e3"
 
 Series = dict[str, list[tuple[float, float]]]
 
 
 def draw_fid_curve(metrics_path: Path, png_path: Path) -> None:
-    """Draws every ``fid_*``, ``fd_*`` and ``kid_*`` of a run against its step; one panel a metric, one line an EMA.
+    """Draws the measures of a run against its step: related ones share a panel, one colour an average of the weights.
 
-    Nothing is written while there is nothing to draw.
+    The best step by Fréchet distance is marked in every panel. Nothing is written while there is nothing to draw.
 
     Args:
         metrics_path: ``metrics.jsonl``: one JSON object a line, with ``step``; averages are told apart by a suffix
@@ -36,10 +43,17 @@ def draw_fid_curve(metrics_path: Path, png_path: Path) -> None:
     metrics = read_curves(metrics_path)
     if not metrics:
         return
-    figure = Figure(figsize=(5.6 * len(metrics), 3.9), dpi=120, layout="constrained")
+    panels = _panels(metrics)
+    columns = min(COLUMNS, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(5.2 * columns, 3.6 * rows), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (metric, series) in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics.items(), strict=True):
-        _draw_panel(axes, metric, series)
+    grid = figure.subplots(rows, columns, squeeze=False).flatten()
+    best = best_point(metrics_path)
+    for axes, names in zip(grid, panels, strict=False):
+        _draw_panel(axes, {name: metrics[name] for name in names}, best)
+    for axes in grid[len(panels) :]:
+        axes.set_visible(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     write_bytes(png_path, buffer.getvalue())
@@ -54,8 +68,20 @@ def read_curves(metrics_path: Path) -> dict[str, Series]:
             if match and "step" in record and isinstance(value, (int, float)):
                 average = points.setdefault(match["metric"], {}).setdefault(match["average"] or "", {})
                 average[float(record["step"])] = float(value)
-    ordered = sorted(points, key=lambda metric: (metric.startswith("kid_"), metric))
+    kinds = [kind for panel in PANELS for kind in panel]
+    ordered = sorted(points, key=lambda metric: (kinds.index(_kind(metric)), metric))
     return {metric: {name: sorted(at.items()) for name, at in points[metric].items()} for metric in ordered}
+
+
+def best_point(metrics_path: Path) -> tuple[str, float, str, float] | None:
+    """Returns metric, step, average and value of the lowest Fréchet distance, of the one measured last; or None."""
+    curves = {name: series for name, series in read_curves(metrics_path).items() if _kind(name) in PANELS[0]}
+    if not curves:
+        return None
+    metric = max(curves, key=lambda name: max(points[-1][0] for points in curves[name].values()))
+    points = [(value, step, average) for average, at in curves[metric].items() for step, value in at]
+    value, step, average = min(points)
+    return metric, step, average, value
 
 
 def _read_records(metrics_path: Path) -> list[dict[str, Any]]:
@@ -65,32 +91,63 @@ def _read_records(metrics_path: Path) -> list[dict[str, Any]]:
     return [record for record in records if isinstance(record, dict)]
 
 
-def _draw_panel(axes: Axes, metric: str, series: Series) -> None:
-    values = [value for points in series.values() for _, value in points]
-    for colour, (name, points) in zip(COLOURS * len(series), series.items(), strict=False):
-        steps, heights = zip(*points, strict=True)
-        axes.plot(steps, heights, color=colour, marker="o", markersize=3.5, linewidth=1.8, label=_label(name))
-    if min(values) > 0 and max(values) / min(values) > LOG_SCALE_ABOVE:
-        axes.set_yscale("log")
-    _mark_best(axes, series)
+def _kind(metric: str) -> str:
+    return metric.split("_")[0]
+
+
+def _panels(metrics: dict[str, Series]) -> list[list[str]]:
+    """Groups metrics that belong in one panel: related kinds, of the same network and number of images."""
+    grouped: dict[tuple[int, str], list[str]] = {}
+    for name in metrics:
+        number = next(i for i, kinds in enumerate(PANELS) if _kind(name) in kinds)
+        rest = name if number == 0 else name.split("_", 1)[1]
+        grouped.setdefault((number, rest), []).append(name)
+    return [grouped[key] for key in sorted(grouped)]
+
+
+def _draw_panel(axes: Axes, metrics: dict[str, Series], best: tuple[str, float, str, float] | None) -> None:
+    for dashes, (_, series) in zip(DASHES, metrics.items(), strict=False):
+        for colour, points in zip(COLOURS * len(series), series.values(), strict=False):
+            steps, heights = zip(*points, strict=True)
+            axes.plot(steps, heights, color=colour, linestyle=dashes, marker="o", markersize=3.5, linewidth=1.8)
+    kinds = [_kind(name) for name in metrics]
+    values = [value for series in metrics.values() for points in series.values() for _, value in points]
+    _scale(axes, kinds[0], values)
+    if best is not None:
+        axes.axvline(best[1], color=GREY, linewidth=0.9, linestyle=":", zorder=0)
+        if best[0] in metrics:
+            _mark_best(axes, *best)
+    if kinds[0] == "memorised":
+        axes.axhline(COPY_LEVEL, color=GREY, linewidth=0.9, linestyle="--")
+        axes.annotate("held-out real images", (1, COPY_LEVEL), xycoords=("axes fraction", "data"), xytext=(0, 3),
+                      textcoords="offset points", ha="right", fontsize=8.5, color=GREY)  # fmt: skip
     axes.set_xlabel("training step")
-    axes.set_ylabel(f"{metric} (lower is better)")
-    axes.set_title(describe(metric), fontsize=10.5, loc="left")
+    axes.set_ylabel(f"{'lower' if kinds[0] in LOWER_IS_BETTER else 'higher'} is better")
+    axes.set_title(describe(*metrics), fontsize=10.5, loc="left")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axes.grid(True, which="major", color="#e3e3e3", linewidth=0.8)
+    axes.grid(True, which="major", color=FAINT, linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
+    _legend(axes, kinds, list(next(iter(metrics.values()))))
+
+
+def _scale(axes: Axes, kind: str, values: list[float]) -> None:
+    """Parts of a whole are drawn from 0; distances that fall far are drawn on a logarithmic scale."""
     axes.margins(x=0.04, y=0.14)
-    if len(series) > 1:
-        axes.legend(frameon=False, fontsize=9)
+    if kind in ("fid", "fd", "kid"):
+        if min(values) > 0 and max(values) / min(values) > LOG_SCALE_ABOVE:
+            axes.set_yscale("log")
+        return
+    top = max(values) if kind != "memorised" else max(*values, COPY_LEVEL)
+    axes.set_ylim(-0.03 * top, 1.14 * top if top > 0 else 1)
 
 
-def _mark_best(axes: Axes, series: Series) -> None:
-    step, value = min((point for points in series.values() for point in points), key=lambda point: point[1])
+def _mark_best(axes: Axes, metric: str, step: float, average: str, value: float) -> None:
+    axes.plot([step], [value], marker="o", markersize=10, markerfacecolor="none", markeredgecolor=GREY)
     axes.annotate(
         f"best {value:.3g} at step {step:,.0f}",
         (step, value),
-        xytext=(0, -8),
+        xytext=(0, -10),
         textcoords="offset points",
         ha="right" if step > 0.5 * axes.get_xlim()[1] else "left",
         va="top",
@@ -99,15 +156,39 @@ def _mark_best(axes: Axes, series: Series) -> None:
     )
 
 
+def _legend(axes: Axes, kinds: list[str], averages: list[str]) -> None:
+    """Names the averages by colour, in the first panel alone, and by their line the measures that share a panel."""
+    lines = []
+    if len(averages) > 1 and kinds[0] in PANELS[0]:
+        lines = [Line2D([], [], color=colour, label=_label(at)) for colour, at in zip(COLOURS, averages, strict=False)]
+    if len(kinds) > 1:
+        lines += [
+            Line2D([], [], color=GREY, linestyle=line, label=kind) for line, kind in zip(DASHES, kinds, strict=False)
+        ]
+    if lines:
+        axes.legend(handles=lines, frameon=False, fontsize=8.5)
+
+
 def _label(average: str) -> str:
     return average.replace("ema_", "EMA std ") if average else "model"
 
 
-def describe(metric: str) -> str:
-    """Spells a metric's name out: ``fd_convnet3_1000`` is "Fréchet distance in convnet3 features, 1,000 images"."""
-    kind, *network, count = metric.split("_")
+_WORDS = {
+    "fd": "Fréchet distance",
+    "kid": "kernel distance",
+    "consistency": "images seen as their class by",
+    "memorised": "near copies of training images",
+}
+
+
+def describe(*metrics: str) -> str:
+    """Spells metrics out: ``fd_convnet3_1000`` is "Fréchet distance in convnet3 features, 1,000 images"."""
+    _, *network, count = metrics[0].split("_")
     number = f"{int(count):,} images" if count.isdigit() else count
-    if kind == "fid":
+    kinds = [_kind(metric) for metric in metrics]
+    if kinds == ["fid"]:
         return f"FID, {number}"
-    name = "Fréchet distance" if kind == "fd" else "kernel distance"
-    return f"{name} in {'_'.join(network)} features, {number}"
+    what = " and ".join(_WORDS.get(kind, kind) for kind in kinds)
+    if kinds == ["consistency"]:
+        return f"{what} {'_'.join(network)}, {number}"
+    return f"{what} in {'_'.join(network)} features, {number}"

@@ -287,7 +287,7 @@ def _load_transformers(source: str) -> Observer:
             f"classifier that can be loaded: {cause}"
         ) from None
     id2label = model.config.id2label
-    input_size, mean, std = _probe_processor(source, processor)
+    input_size, mean, std = probe_processor(f"--observer {source}", processor)
     return Observer(
         TransformersClassifier(model, processor),
         network=getattr(model.config, "ddgen_network", f"transformers:{source}"),
@@ -299,7 +299,7 @@ def _load_transformers(source: str) -> Observer:
     )
 
 
-def _probe_processor(source: str, processor: Any) -> tuple[int, Triple, Triple]:
+def probe_processor(setting: str, processor: Any) -> tuple[int, Triple, Triple]:
     """Finds input size, mean and std by what the processor makes of black, white and red.
 
     Processors spell rescaling, normalising and cropping in many ways; what they do to flat images is one
@@ -311,9 +311,9 @@ def _probe_processor(source: str, processor: Any) -> tuple[int, Triple, Triple]:
     flats = [Image.new("RGB", (64, 64), colour) for colour in ("black", "white", "red")]
     outputs = np.asarray(processor(images=flats, return_tensors="np")["pixel_values"], dtype=np.float64)
     if outputs.ndim != 4 or outputs.shape[1] != 3 or outputs.shape[2] != outputs.shape[3]:
-        raise UserError(f"--observer {source}: its image processor gives {outputs.shape[1:]}, not square RGB images")
+        raise UserError(f"{setting}: its image processor gives {outputs.shape[1:]}, not square RGB images")
     black, white, red = outputs.mean(axis=(2, 3))
     if np.any(white == black) or not np.allclose(red, [white[0], black[1], black[2]], atol=1e-3):
-        raise UserError(f"--observer {source}: its image processor is no per-channel normalisation of RGB")
+        raise UserError(f"{setting}: its image processor is no per-channel normalisation of RGB")
     std = 1 / (white - black)
     return int(outputs.shape[-1]), _triple(np.round(-black * std, 6)), _triple(np.round(std, 6))
