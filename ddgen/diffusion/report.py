@@ -156,9 +156,7 @@ class Report:
             values |= {f"{name}/ema_{std}": value for name, value in measured.items()}
         if self.accelerator.is_main_process:
             self._write(values | self._best())
-            now = ", ".join(
-                f"{self.run.distances[f'ema_{std}'][-1][1]:.3f} (EMA {std})" for std in self.run.ema.averages
-            )
+            now = ", ".join(f"{at[-1][1]:.4g} ({name})" for name, at in self.run.distances.items())
             self.bar.write(f"step {self.run.step}: {self.run.metric} {now}")
             if self.on_metrics is not None:
                 self.on_metrics(self.metrics_path)

@@ -30,13 +30,16 @@ class CurvePlan:
     Attributes:
         every: Steps between points; 0 for none. The last step always is one.
         share: What the points cost, as a part of what training costs, by count.
+        num_points: How many.
     """
 
     every: int
     share: float
+    num_points: int
 
     def __str__(self) -> str:
-        return f"every {self.every:,} steps, about {self.share:.1%} of training".replace(".0%", "%").replace("%", " %")
+        when = f"every {self.every:,} steps" if self.num_points > 1 else "one point, after the last step"
+        return f"{when}, about {100 * self.share:.2g} % of training"
 
 
 def plan_curve(fid_every: int | None, max_train_steps: int, training_flops: float, point_flops: float) -> CurvePlan:
@@ -53,7 +56,8 @@ def plan_curve(fid_every: int | None, max_train_steps: int, training_flops: floa
         affordable = int(SHARE * training_flops / point_flops)
         every = _round_up(math.ceil(max_train_steps / min(max(affordable, 1), MAX_POINTS, max_train_steps)))
         every = min(every, max_train_steps)
-    return CurvePlan(every, math.ceil(max_train_steps / every) * point_flops / training_flops)
+    num_points = math.ceil(max_train_steps / every)
+    return CurvePlan(every, num_points * point_flops / training_flops, num_points)
 
 
 def plan_of_run(

@@ -241,7 +241,8 @@ class _Backbone(nn.Module):
     def fingerprint(self) -> str:
         digest = hashlib.sha256(f"{type(self.model).__name__} {self.size} {self.mode} {self.pooled}".encode())
         digest.update(self.model_config.encode())
-        for name, value in sorted(self.state_dict().items()):
+        used = {name: value for name, value in self.state_dict().items() if self.pooled or "pooler" not in name}
+        for name, value in sorted(used.items()):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()

@@ -167,10 +167,8 @@ def _draw_suspects(suspects: _Suspects, threshold: float) -> Image.Image:
     picture.paste(left, (margin, top))
     picture.paste(right, (margin + left.width + gap, top))
     draw, font, ink = ImageDraw.Draw(picture), ImageFont.load_default(size=13), (60, 60, 66)
-    draw.text(
-        (8, 6), "generated images nearest to training images; at the left nearest / mean distance to 50", ink, font
-    )
-    draw.text((8, 24), f"(1 % of real images are at or below {threshold:.2f})", ink, font)
+    draw.text((8, 6), "generated images and the training images nearest to them; left: distance to the", ink, font)
+    draw.text((8, 24), f"nearest over mean to 50; red: {threshold:.2f} or less, as 1 % of real images have", ink, font)
     pitch = left.height / len(suspects.nearness)
     for row, value in enumerate(suspects.nearness):
         colour = (190, 40, 40) if value <= threshold else ink
