@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import Dinov2Config, Dinov2Model, ViTImageProcessor
 
 import evaluate
 import sample
@@ -77,15 +79,19 @@ def complaint(capsys: pytest.CaptureFixture[str]) -> str:
 def test_training_leaves_everything_the_design_names(run_dir: Path) -> None:
     for name in ("config.yaml", "metrics.jsonl", "fid_curve.png", "generator/model_index.json", "generator/pipeline.py",
                  "generator/README.md", "observer/config.json", "samples/step-00000008.png",
-                 "checkpoints/step-00000008/state.json"):  # fmt: skip
+                 "samples/nearest_training.png", "checkpoints/step-00000008/state.json"):  # fmt: skip
         assert (run_dir / name).is_file(), name
     lines = metrics(run_dir)
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 9))
     points = [line for line in lines if any(name.startswith("fd_convnet2_12/") for name in line)]
     assert [point["step"] for point in points] == [4, 8]
-    assert set(points[0]) == {"step"} | {f"{m}_convnet2_12/ema_{e}" for m in ("fd", "kid") for e in ("0.05", "0.1")}
-    best = min(("0.05", "0.1"), key=lambda std: points[-1][f"fd_convnet2_12/ema_{std}"])
-    average = load_file(run_dir / "checkpoints" / "step-00000008" / f"ema_{best}.safetensors")
+    kinds = ("fd", "kid", "precision", "recall", "density", "coverage", "memorised", "consistency")
+    best = {"best/fd_convnet2_12", "best/step", "best/ema_std"}
+    assert set(points[0]) == {"step"} | best | {f"{m}_convnet2_12/ema_{e}" for m in kinds for e in ("0.05", "0.1")}
+    lowest = min((p[f"fd_convnet2_12/ema_{e}"], p["step"], e) for p in points for e in (0.05, 0.1))
+    assert (points[-1]["best/fd_convnet2_12"], points[-1]["best/step"], points[-1]["best/ema_std"]) == lowest
+    chosen = min(("0.05", "0.1"), key=lambda std: points[-1][f"fd_convnet2_12/ema_{std}"])
+    average = load_file(run_dir / "checkpoints" / "step-00000008" / f"ema_{chosen}.safetensors")
     assert all(torch.equal(tensor, average[name]) for name, tensor in weights(run_dir).items())
     assert np.load(run_dir / "latents" / "mean.npy", mmap_mode="r").shape[0] == 1  # digits have no mirror images
     index = json.loads((run_dir / "generator" / "model_index.json").read_text())
@@ -308,6 +314,29 @@ def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert not (tmp_path / "digits").exists()
 
 
+def test_the_curve_says_what_it_costs(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One point costs more than the 7 % that eight tiny steps allow, so there is one, at the end."""
+    options = [*SMALL[: SMALL.index("--fid_every")], "--fid_num_images", "12", "--fid_num_inference_steps", "3"]
+    options += ["--observer", str(run_dir / "observer")]
+    assert train_ldm.main([*options, "--output_dir", str(tmp_path / "digits")]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"FID curve: one point, after the last step, about [\d.]+ % of training\n", out)
+    assert re.search(r"the FID curve took \d+\.\d % of the training time\n", out)
+    best = re.search(r"best: +fd_convnet2_12 ([\d.]+) at step 8, (ema_[\d.]+)\n", out)
+    (point,) = [line for line in metrics(tmp_path / "digits") if "best/step" in line]
+    assert best and float(best[1]) == pytest.approx(point[f"fd_convnet2_12/{best[2]}"], rel=1e-3)
+
+
+def test_distances_in_the_features_of_a_backbone(run_dir: Path, tmp_path: Path) -> None:
+    config = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=4)
+    Dinov2Model(config).save_pretrained(tmp_path / "tiny-dino")
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "tiny-dino")
+    options = ["--fd_network", str(tmp_path / "tiny-dino"), "--observer", str(run_dir / "observer")]
+    assert run_train(tmp_path / "digits", *options, "--fid_every", "8") == 0
+    (point,) = [line for line in metrics(tmp_path / "digits") if "best/step" in line]
+    assert {"fd_tiny-dino_12/ema_0.05", "kid_tiny-dino_12/ema_0.1", "consistency_convnet2_12/ema_0.1"} <= set(point)
+
+
 def test_tensorboard_receives_the_metrics(run_dir: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -320,6 +349,7 @@ def test_tensorboard_receives_the_metrics(run_dir: Path, tmp_path: Path) -> None
     accumulator.Reload()
     assert [event.step for event in accumulator.Scalars("loss")] == list(range(1, 9))
     assert [event.step for event in accumulator.Scalars("fd_convnet2_12/ema_0.05")] == [8]
+    assert [event.value for event in accumulator.Scalars("best/step")] == [8]
 
 
 def test_an_observer_alone_serves_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -352,6 +382,8 @@ def test_an_observer_alone_serves_a_run(tmp_path: Path, capsys: pytest.CaptureFi
         (["--sampler", "unipc", "--num_inference_steps", "61"], "diffusers' unipc cannot take exactly so many; try 62"),
         (["--report_to", "trackio"], "--report_to trackio: not installed; pip install trackio"),
         (["--inception_weights", "nowhere.pth"], "--inception_weights nowhere.pth: no such file"),
+        (["--fd_network", "./nowhere"], "--fd_network ./nowhere: no such folder"),
+        (["--fid_num_images", "5"], "--fid_num_images 5: give 6 or more"),
         (["--resume_from_checkpoint", "nowhere"], "--resume_from_checkpoint nowhere: no such folder"),
         (["--observer", "./nowhere"], "--observer ./nowhere: no such folder"),
         (["--unet_channels", "32", "32", "32", "32"], "4 resolutions do not fit 4 x 4 latents"),

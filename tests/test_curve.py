@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
-from ddgen.evaluation.curve import describe, draw_fid_curve, read_curves
+from ddgen.evaluation.curve import _panels, best_point, describe, draw_fid_curve, read_curves
 
 
 def write_metrics(path: Path, tail: str = "") -> None:
@@ -44,7 +45,38 @@ def test_curve_is_drawn(tmp_path: Path) -> None:
     assert [item.name for item in tmp_path.glob("*fid_curve*")] == ["fid_curve.png"]
 
 
+def test_related_measures_share_a_panel(tmp_path: Path) -> None:
+    """Eight measures are six panels in two rows, whatever the number of averages."""
+    kinds = ("fd", "kid", "precision", "recall", "density", "coverage", "memorised", "consistency")
+    lines = [
+        {"step": step, "best/step": 1} | {f"{kind}_convnet3_50/ema_{std}": 0.5 for kind in kinds for std in (0.05, 0.1)}
+        for step in (1, 2)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    curves = read_curves(tmp_path / "metrics.jsonl")
+    names = [name.split("_")[0] for name in curves]
+    assert names == ["fd", "kid", "precision", "recall", "density", "coverage", "consistency", "memorised"]
+    assert [len(panel) for panel in _panels(curves)] == [1, 1, 2, 2, 1, 1]
+    draw_fid_curve(tmp_path / "metrics.jsonl", tmp_path / "all.png")
+    with Image.open(tmp_path / "all.png") as picture:
+        assert picture.width / picture.height == pytest.approx(3 * 5.2 / (2 * 3.6), rel=0.01)
+
+
+def test_best_point_is_of_the_distance_measured_last(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"step": 50, "loss": 1.0}\n', encoding="utf-8")
+    assert best_point(metrics) is None
+    write_metrics(metrics, tail='{"step": 3000, "fd_convnet3_500/ema_0.1": 1e3}\n')
+    assert best_point(metrics) == ("fd_convnet3_500", 3000, "ema_0.05", pytest.approx(4e4 / 3000**1.2 * 1.05))
+    write_metrics(metrics, tail='{"step": 4000, "fid_500/ema_0.1": 70.0}\n{"step": 5000, "fid_500/ema_0.1": 80.0}\n')
+    assert best_point(metrics) == ("fid_500", 4000, "ema_0.1", 70.0)
+
+
 def test_metrics_are_spelt_out() -> None:
     assert describe("fid_1000") == "FID, 1,000 images"
     assert describe("fd_convnet3_500") == "Fréchet distance in convnet3 features, 500 images"
     assert describe("kid_mobilenet-v3-small_1000") == "kernel distance in mobilenet-v3-small features, 1,000 images"
+    pair = describe("precision_convnet3_500", "recall_convnet3_500")
+    assert pair == "precision and recall in convnet3 features, 500 images"
+    assert describe("consistency_resnet18_500") == "images seen as their class by resnet18, 500 images"
+    assert describe("memorised_dinov2-base_500") == "near copies of training images in dinov2-base features, 500 images"

@@ -70,9 +70,8 @@ def test_numbers_are_those_of_torch_fidelity_on_two_folders(tmp_path: Path) -> N
 
     The features of drawn weights are small; torch-fidelity's kernel, in float32, would lose their distance.
     """
-    scaled = Extractor(
-        "scaled", "1", lambda pixels, device: 30 * observer_extractor(observer()).extract(pixels, device)
-    )
+    extract = observer_extractor(observer()).extract
+    scaled = Extractor("scaled", "1", lambda pixels, device: 30 * extract(pixels, device))
     real, generated = images(80, 0), images(80, 1)
     generated.pixels[:40] //= 2
     values = monitor(tmp_path, real, scaled, 80)(generated.pixels, generated.labels)
@@ -231,6 +230,7 @@ def test_points_keep_the_curve_cheap(fid_every: int | None, steps: int, point: f
 def test_cost_in_words() -> None:
     assert str(plan_curve(900, 2_700, 100.0, 2.4)) == "every 900 steps, about 7.2 % of training"
     assert str(plan_curve(None, 480, 1.0, 0.3)) == "one point, after the last step, about 30 % of training"
+    assert str(plan_curve(None, 8, 1.0, 1.234)) == "one point, after the last step, about 123 % of training"
 
 
 def test_multiplications_are_counted() -> None:

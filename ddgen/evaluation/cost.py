@@ -39,7 +39,7 @@ class CurvePlan:
 
     def __str__(self) -> str:
         when = f"every {self.every:,} steps" if self.num_points > 1 else "one point, after the last step"
-        return f"{when}, about {100 * self.share:.2g} % of training"
+        return f"{when}, about {100 * self.share:.{1 if self.share < 0.1 else 0}f} % of training"
 
 
 def plan_curve(fid_every: int | None, max_train_steps: int, training_flops: float, point_flops: float) -> CurvePlan:

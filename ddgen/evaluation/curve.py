@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+import textwrap
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ from ddgen.evaluation.neighbours import COPY_LEVEL
 PANELS = (("fid", "fd"), ("kid",), ("precision", "recall"), ("density", "coverage"), ("consistency",), ("memorised",))
 METRIC = re.compile(rf"^(?P<metric>(?P<kind>{'|'.join(sum(PANELS, ()))})_(?P<rest>[^/]+))(?:/(?P<average>.+))?$")
 LOWER_IS_BETTER = {"fid", "fd", "kid", "memorised"}
-COLUMNS = 3
+COLUMNS, TITLE_WIDTH = 3, 55  # panels, letters
 LOG_SCALE_ABOVE = 10.0  # ratio of largest to smallest value
 COLOURS = ("#1f6f8b", "#d1603d", "#5b8c3a", "#7a5195")
 DASHES: tuple[Literal["-", "--"], ...] = ("-", "--")  # of the measures in a panel
@@ -123,7 +124,7 @@ def _draw_panel(axes: Axes, metrics: dict[str, Series], best: tuple[str, float, 
                       textcoords="offset points", ha="right", fontsize=8.5, color=GREY)  # fmt: skip
     axes.set_xlabel("training step")
     axes.set_ylabel(f"{'lower' if kinds[0] in LOWER_IS_BETTER else 'higher'} is better")
-    axes.set_title(describe(*metrics), fontsize=10.5, loc="left")
+    axes.set_title(textwrap.fill(describe(*metrics), TITLE_WIDTH), fontsize=10.5, loc="left")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.grid(True, which="major", color=FAINT, linewidth=0.8)
