@@ -320,6 +320,7 @@ def test_the_curve_says_what_it_costs(run_dir: Path, tmp_path: Path, capsys: pyt
     options += ["--observer", str(run_dir / "observer")]
     assert train_ldm.main([*options, "--output_dir", str(tmp_path / "digits")]) == 0
     out = capsys.readouterr().out
+    assert re.search(r"430 real images in the features of convnet2 \(\d+ s\); 12 of them are at [\d.]+ themselves", out)
     assert re.search(r"FID curve: one point, after the last step, about [\d.]+ % of training\n", out)
     assert re.search(r"the FID curve took \d+\.\d % of the training time\n", out)
     best = re.search(r"best: +fd_convnet2_12 ([\d.]+) at step 8, (ema_[\d.]+)\n", out)

@@ -148,6 +148,17 @@ def test_streamed_statistics_are_those_of_all_images(tmp_path: Path, monkeypatch
     assert monitor(tmp_path, real, extract.extractor()).reference.statistics.n == 40
 
 
+def test_the_floor_is_the_distance_of_real_images(tmp_path: Path) -> None:
+    """No generator does better than the data: 20 of the real images, and all, which are at distance 0."""
+    real, extract = images(90, 0), observer_extractor(observer())
+    count, floor = monitor(tmp_path, real, extract).of_real_images()
+    measure = monitor(tmp_path, real, extract)
+    same = measure(real.pixels[measure.order[:20]], real.labels[:20])
+    assert count == 20 and floor == pytest.approx(same["fd_convnet3_20"], rel=1e-6) and floor > 0
+    count, floor = monitor(tmp_path, real, extract, 90).of_real_images()
+    assert count == 90 and floor == pytest.approx(0, abs=1e-6)
+
+
 # --- the cache
 
 

@@ -257,8 +257,11 @@ def _monitor_of_run(
         seed=config.run.seed,
         say=accelerator.print,
     )
-    images, seconds = len(monitor.order), time.perf_counter() - start
-    accelerator.print(f"compared in the features of {monitor.extractor.name}; {images:,} real images, {seconds:.0f} s")
+    all_real, seconds, (count, floor) = len(monitor.order), time.perf_counter() - start, monitor.of_real_images()
+    accelerator.print(
+        f"compared with {all_real:,} real images in the features of {monitor.extractor.name} ({seconds:.0f} s);"
+        f" {count:,} of them are at {floor:.4g} themselves"
+    )
     return monitor
 
 

@@ -109,6 +109,11 @@ class DistanceMonitor:
         values[f"consistency_{short_name(self.observer.network)}_{n}"] = self._consistency(pixels, labels)
         return values
 
+    def of_real_images(self) -> tuple[int, float]:
+        """Returns how many real images, at most `num_images`, and their own Fréchet distance from all: the floor."""
+        some = self.reference.features[: self.num_images]
+        return len(some), frechet_to_features(self.reference.statistics, some)
+
     def save_suspects(self, path: Path) -> None:
         """Draws the images most like copies beside their nearest training images, those of the last point's best
         average, and forgets them."""
