@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -12,7 +11,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -29,6 +27,7 @@ from ddgen.commands.runs import (
     start_accelerator,
 )
 from ddgen.commands.train_checks import Given, check_training, describe_training, run_folder
+from ddgen.commands.train_curve import draw_curve, fid_every_of_run, monitor_of_run
 from ddgen.config import (
     DataConfig,
     ObserverConfig,
@@ -41,10 +40,8 @@ from ddgen.data import ImageDataset
 from ddgen.diffusion.generator import Generator, save_generator
 from ddgen.diffusion.training import Stopped, train_diffusion
 from ddgen.errors import UserError
-from ddgen.evaluation.cost import plan_of_run
-from ddgen.evaluation.curve import best_point, draw_fid_curve
-from ddgen.evaluation.extractors import Extractor, choose_extractor, observer_extractor
-from ddgen.evaluation.monitor import DistanceMonitor
+from ddgen.evaluation.curve import best_point
+from ddgen.evaluation.extractors import choose_extractor
 from ddgen.observer.observer import Observer
 from ddgen.observer.realism import check_observer
 from ddgen.observer.training import train_observer
@@ -75,8 +72,8 @@ def train(config: TrainConfig) -> int:
     monitor, fid_every = None, 0
     if config.monitor.fid_every != 0:
         if accelerator.is_main_process:
-            monitor = _monitor_of_run(config, dataset, observer, extractor, output_dir, accelerator)
-        fid_every = _plan_of_run(config, latents, autoencoder, monitor, accelerator)
+            monitor = monitor_of_run(config, dataset, observer, extractor, output_dir, accelerator)
+        fid_every = fid_every_of_run(config, latents, autoencoder, monitor, accelerator)
     if config.monitor.report_to != "none":
         accelerator.init_trackers("ddgen", config=_tracker_config(config))
     try:
@@ -93,7 +90,7 @@ def train(config: TrainConfig) -> int:
             resume_from=resume_from,
             fid_every=fid_every,
             monitor=monitor,
-            on_metrics=partial(_draw, monitor, output_dir),
+            on_metrics=partial(draw_curve, monitor, output_dir),
         )
     except Stopped as stopped:
         say(str(stopped))
@@ -236,56 +233,6 @@ def _autoencoder_of_run(
             flip=config.data.may_flip,
             fingerprint=f"{autoencoder.fingerprint()}-{dataset.fingerprint}",
         )
-
-
-def _monitor_of_run(
-    config: TrainConfig,
-    dataset: ImageDataset,
-    observer: Observer,
-    extractor: Extractor | None,
-    output_dir: Path,
-    accelerator: Accelerator,
-) -> DistanceMonitor:
-    start = time.perf_counter()
-    monitor = DistanceMonitor(
-        dataset,
-        extractor or observer_extractor(observer),
-        observer,
-        num_images=config.monitor.fid_num_images,
-        cache_dir=output_dir / "reference",
-        device=accelerator.device,
-        seed=config.run.seed,
-        say=accelerator.print,
-    )
-    all_real, seconds, (count, floor) = len(monitor.order), time.perf_counter() - start, monitor.of_real_images()
-    accelerator.print(
-        f"compared with {all_real:,} real images in the features of {monitor.extractor.name} ({seconds:.0f} s);"
-        f" {count:,} of them are at {floor:.4g} themselves"
-    )
-    return monitor
-
-
-def _plan_of_run(
-    config: TrainConfig,
-    latents: LatentCache,
-    autoencoder: Autoencoder,
-    monitor: DistanceMonitor | None,
-    accelerator: Accelerator,
-) -> int:
-    """Says when points of the FID curve are measured and what they cost; returns the steps between them."""
-    every = [0]
-    if monitor is not None:
-        plan = plan_of_run(config, (latents.mean.shape[2], latents.mean.shape[3]), autoencoder, monitor)
-        accelerator.print(f"FID curve: {plan}")
-        every = [plan.every]
-    return int(broadcast_object_list(every)[0])
-
-
-def _draw(monitor: DistanceMonitor | None, output_dir: Path, metrics_path: Path) -> None:
-    """Brings the pictures of the FID curve and of suspected copies up to date."""
-    draw_fid_curve(metrics_path, output_dir / "fid_curve.png")
-    if monitor is not None:
-        monitor.save_suspects(output_dir / "samples" / "nearest_training.png")
 
 
 def _perceptual_loss(observer: Observer) -> Callable[[Tensor, Tensor], Tensor]:
