@@ -101,6 +101,11 @@ class DenoiserConfig:
     """Dropout inside the residual blocks."""
     class_dropout: float = 0.1
     """Probability of replacing a label by the null class in training, for classifier-free guidance."""
+    prediction_type: Literal["v_prediction", "epsilon", "flow_prediction"] = "v_prediction"
+    """What the UNet predicts: the velocity on the cosine schedule, the noise on Stable Diffusion's schedule, or
+    noise - image of rectified flow."""
+    flow_shift: float = 1.0
+    """Rectified flow only: above 1 moves training and sampling timesteps towards noise, as large images need."""
     timestep_sampling: Literal["logit_normal", "uniform"] = "logit_normal"
     """How training timesteps are drawn."""
     logit_mean: float = 0.0
@@ -330,7 +335,7 @@ RANGES: dict[str, tuple[float, float]] = {
         "adam_weight_decay", "fid_every", "sample_every", "guidance_scale",
     )},
     **{name: (1e-12, math.inf) for name in (
-        "vae_learning_rate", "learning_rate", "max_grad_norm", "observer_learning_rate", "logit_std", "snr_gamma",
+        "vae_learning_rate", "learning_rate", "max_grad_norm", "observer_learning_rate", "logit_std", "snr_gamma", "flow_shift",
         "soft_label_temperature",
     )},
     **{name: (0, 1) for name in ("unet_dropout", "class_dropout", "lr_decay_fraction", "guidance_interval")},

@@ -23,6 +23,7 @@ from ddgen.config import (
 )
 from ddgen.data import ImageDataset
 from ddgen.diffusion.generator import check_sampling
+from ddgen.diffusion.objective import build_scheduler
 from ddgen.diffusion.training import micro_batches
 from ddgen.diffusion.unet import build_unet
 from ddgen.errors import UserError
@@ -88,8 +89,9 @@ def check_training(config: TrainConfig, dataset: ImageDataset, accelerator: Acce
     """Finds settings that cannot be honoured before anything is trained or written."""
     processes, optim = accelerator.num_processes, config.optimizer
     micro_batches(optim.train_batch_size, optim.gradient_accumulation_steps, accelerator)
-    check_sampling(config.guidance)
-    check_sampling(replace(config.guidance, num_inference_steps=config.monitor.fid_num_inference_steps))
+    build_scheduler(config.denoiser)
+    for steps in (config.guidance.num_inference_steps, config.monitor.fid_num_inference_steps):
+        check_sampling(replace(config.guidance, num_inference_steps=steps), config.denoiser.prediction_type)
     autoencoder = None
     if config.autoencoder.vae is not None:
         autoencoder = autoencoders.load_pretrained(config.autoencoder.vae, accelerator.device, precision)

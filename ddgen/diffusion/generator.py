@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from torch import Tensor, nn
 
 from ddgen.autoencoder import patch_autoencoder
@@ -19,10 +19,12 @@ from ddgen.autoencoder.patch_autoencoder import PatchAutoencoderKL
 from ddgen.checkpoint import atomic_dir, read_json, write_json
 from ddgen.config import GuidanceConfig
 from ddgen.diffusion import pipeline
-from ddgen.diffusion.pipeline import guide, solve
+from ddgen.diffusion.pipeline import Schedule, guide, solve
 from ddgen.errors import UserError
 from ddgen.precision import autocast, memory_format
 from ddgen.seeds import torch_generator
+
+SCHEDULERS = {kind.__name__: kind for kind in (DDIMScheduler, FlowMatchEulerDiscreteScheduler)}
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Generator:
 
     unet: Any
     autoencoder: Autoencoder
-    scheduler: DDIMScheduler
+    scheduler: DDIMScheduler | FlowMatchEulerDiscreteScheduler
     class_names: tuple[str, ...]
     image_size: int
     sampling: GuidanceConfig
@@ -76,7 +78,7 @@ class Generator:
             config.num_class_embeds - 1,
             settings.guidance_scale,
             settings.guidance_interval,
-            self.scheduler.config.num_train_timesteps,
+            Schedule.of(self.scheduler),
         )
         with autocast(device, self.precision):
             latents = solve(denoise, noise.to(device), self.scheduler, settings.num_inference_steps, settings.sampler)
@@ -92,7 +94,7 @@ class Generator:
         return digest.hexdigest()[:32]
 
 
-def check_sampling(sampling: GuidanceConfig, num_train_timesteps: int = 1000) -> None:
+def check_sampling(sampling: GuidanceConfig, prediction_type: str, num_train_timesteps: int = 1000) -> None:
     """Refuses settings that no sampler can honour.
 
     Raises:
@@ -101,7 +103,8 @@ def check_sampling(sampling: GuidanceConfig, num_train_timesteps: int = 1000) ->
     steps = sampling.num_inference_steps
     if not 1 <= steps <= num_train_timesteps:
         raise UserError(f"--num_inference_steps {steps}: give 1 to {num_train_timesteps}")
-    if sampling.sampler == "unipc" and len(np.arange(num_train_timesteps, 0, -num_train_timesteps / steps)) != steps:
+    trailing = np.arange(num_train_timesteps, 0, -num_train_timesteps / steps)
+    if sampling.sampler == "unipc" and prediction_type != "flow_prediction" and len(trailing) != steps:
         raise UserError(f"--num_inference_steps {steps}: diffusers' unipc cannot take exactly so many; try {steps + 1}")
     low, high = sampling.guidance_interval
     if low > high:
@@ -165,7 +168,7 @@ def load_generator(path: Path, device: torch.device, precision: str) -> Generato
     return Generator(
         unet=unet.to(device, memory_format=memory_format(device, precision)).eval().requires_grad_(False),
         autoencoder=load_pretrained(str(path / "vae"), device, precision).with_statistics(*statistics),
-        scheduler=DDIMScheduler.from_pretrained(path / "scheduler"),
+        scheduler=SCHEDULERS[index["scheduler"][1]].from_pretrained(path / "scheduler"),
         class_names=tuple(index["class_names"]),
         image_size=index["image_size"],
         sampling=GuidanceConfig(**sampling | {"guidance_interval": tuple(sampling["guidance_interval"])}),

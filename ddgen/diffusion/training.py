@@ -19,6 +19,7 @@ from ddgen.checkpoint import latest_checkpoint, prune_checkpoints
 from ddgen.config import TrainConfig
 from ddgen.diffusion.generator import Generator
 from ddgen.diffusion.objective import DiffusionLoss, build_scheduler, draw, learning_rate
+from ddgen.diffusion.pipeline import Schedule
 from ddgen.diffusion.report import Monitor, Report
 from ddgen.diffusion.run import TrainingRun
 from ddgen.errors import UserError
@@ -83,10 +84,9 @@ def train_diffusion(
     run = TrainingRun.start(
         config, latents, class_names, accelerator=accelerator, precision=precision, output_dir=output_dir
     )
-    scheduler = build_scheduler()
-    objective = DiffusionLoss(
-        config.denoiser, scheduler.alphas_cumprod.to(device), null_label=len(class_names), precision=precision
-    )
+    scheduler = build_scheduler(config.denoiser)
+    schedule = Schedule.of(scheduler).to(device, torch.float32)
+    objective = DiffusionLoss(config.denoiser, schedule, null_label=len(class_names), precision=precision)
     slices = micro_batches(optim.train_batch_size, optim.gradient_accumulation_steps, accelerator)
     shape = (optim.train_batch_size, *latents.mean.shape[2:])
 
@@ -106,7 +106,7 @@ def train_diffusion(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(optim, run.step)
             chosen = torch.from_numpy(batch_indices(seed, "diffusion", run.step * shape[0], shape[0], len(labels)))
-            draws = draw(config.denoiser, seed, run.step, shape, len(objective.alphas_cumprod))
+            draws = draw(config.denoiser, seed, run.step, shape, len(schedule.times))
             total = torch.zeros((), device=device)
             for number, where in enumerate(slices):
                 here = draws.part(where)
