@@ -335,8 +335,8 @@ RANGES: dict[str, tuple[float, float]] = {
         "adam_weight_decay", "fid_every", "sample_every", "guidance_scale",
     )},
     **{name: (1e-12, math.inf) for name in (
-        "vae_learning_rate", "learning_rate", "max_grad_norm", "observer_learning_rate", "logit_std", "snr_gamma", "flow_shift",
-        "soft_label_temperature",
+        "vae_learning_rate", "learning_rate", "max_grad_norm", "observer_learning_rate", "logit_std", "snr_gamma",
+        "flow_shift", "soft_label_temperature",
     )},
     **{name: (0, 1) for name in ("unet_dropout", "class_dropout", "lr_decay_fraction", "guidance_interval")},
     "observer_holdout": (0.001, 0.9),

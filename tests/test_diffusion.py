@@ -142,11 +142,8 @@ def test_min_snr_weighs_the_error_of_x0_alike_for_every_prediction(kind: str) ->
     """The same error of x0 costs min(snr, gamma) whatever the network predicts."""
     x0, noise, wrong = torch.randn(3, 1, 4, 3, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     for sigma in (0.2, 0.5, 0.9):
-        schedule = (
-            torch.tensor([1 - sigma if kind == "flow_prediction" else (1 - sigma**2) ** 0.5]),
-            torch.tensor([sigma]),
-        )
-        alpha, sigma_t = (v.double() for v in schedule)
+        sigma_t = torch.tensor([sigma], dtype=torch.float64)
+        alpha = 1 - sigma_t if kind == "flow_prediction" else (1 - sigma_t**2).sqrt()
         x = add_noise(x0, noise, alpha, sigma_t)
         output = target(x0, noise, alpha, sigma_t, kind) + wrong
         got, _ = to_x0_and_noise(output, x, alpha, sigma_t, kind)
