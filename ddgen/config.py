@@ -62,6 +62,9 @@ class DataConfig:
 class AutoencoderConfig:
     """Autoencoder: images to latents and back."""
 
+    space: Literal["latent", "pixel"] = "latent"
+    """Diffuse latents of an autoencoder, or pixels without one. In pixels the UNet is told of every detail, and costs
+    as much more as there are more positions."""
     vae: str | None = None
     """Path or hub id of a diffusers autoencoder to use instead of training one."""
     vae_downsample: int | None = None
@@ -96,7 +99,7 @@ class DenoiserConfig:
     unet_layers_per_block: int | None = None
     """Residual blocks per resolution instead of the preset's."""
     unet_attention_levels: tuple[int, ...] | None = None
-    """Which resolutions have self-attention, 0 the finest, instead of the preset's."""
+    """Which resolutions have self-attention, 0 the finest. Default: all but the finest, up to 16 x 16."""
     unet_dropout: float = 0.0
     """Dropout inside the residual blocks."""
     class_dropout: float = 0.1

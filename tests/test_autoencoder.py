@@ -16,11 +16,11 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from sklearn.decomposition import PCA
 
 from ddgen.autoencoder import autoencoder as autoencoders
-from ddgen.autoencoder.autoencoder import check_fits, load_pretrained, to_images, to_pixels, wrap
+from ddgen.autoencoder.autoencoder import check_fits, identity, load_pretrained, to_images, to_pixels, wrap
 from ddgen.autoencoder.latents import build_latent_cache
 from ddgen.autoencoder.patch_autoencoder import PatchAutoencoderKL
 from ddgen.autoencoder.pca import fit_pca
-from ddgen.autoencoder.training import build, psnr, train_autoencoder
+from ddgen.autoencoder.training import build, check_space, psnr, train_autoencoder
 from ddgen.config import AutoencoderConfig
 from ddgen.errors import UserError
 
@@ -217,6 +217,27 @@ def test_wrong_settings_are_named(settings: dict[str, object], message: str) -> 
     with pytest.raises(UserError) as error:
         build(AutoencoderConfig(**settings), 16)  # type: ignore[arg-type]
     assert message in str(error.value)
+
+
+def test_pixel_space_is_an_autoencoder_that_does_nothing(tmp_path: Path) -> None:
+    pixels = smooth_pixels(32)
+    vae = identity(CPU, "bf16")
+    vae, cache = build_latent_cache(vae, pixels, tmp_path / "latents", flip=True, fingerprint="p")
+    assert cache.mean.shape == (2, 32, 3, 16, 16) and cache.std is None
+    assert torch.allclose(cache.mean[0].float().mean((0, 2, 3)), torch.zeros(3), atol=1e-2)
+    assert torch.allclose(cache.mean[0].float().std((0, 2, 3)), torch.ones(3), atol=1e-2)
+    drawn = cache.batch(torch.tensor([3, 3]), torch.tensor([False, True]), torch.randn(2, 3, 16, 16))
+    restored = to_pixels(vae.decode(drawn))
+    assert torch.equal(restored[0], pixels[3]) and torch.equal(restored[1], pixels[3].flip(-1))
+    autoencoders.save(vae, tmp_path / "autoencoder")
+    loaded = autoencoders.load(tmp_path / "autoencoder", CPU, "no")
+    assert loaded.fingerprint() == vae.fingerprint() and torch.equal(loaded.decode(drawn), vae.decode(drawn))
+
+
+def test_settings_of_an_autoencoder_do_not_go_with_pixel_space() -> None:
+    check_space(AutoencoderConfig(space="pixel"))
+    with pytest.raises(UserError, match="--vae_downsample 4: --space pixel has no autoencoder"):
+        check_space(AutoencoderConfig(space="pixel", vae_downsample=4))
 
 
 def test_missing_pretrained_autoencoder_is_named(tmp_path: Path) -> None:

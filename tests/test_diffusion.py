@@ -17,7 +17,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from ddgen.autoencoder.autoencoder import wrap
+from ddgen.autoencoder.autoencoder import identity, wrap
 from ddgen.autoencoder.patch_autoencoder import PatchAutoencoderKL
 from ddgen.config import DenoiserConfig, GuidanceConfig, OptimizerConfig
 from ddgen.diffusion.ema import PowerEMA, std_to_gamma
@@ -304,6 +304,22 @@ def test_unet_starts_at_zero_and_knows_the_null_class() -> None:
 
 
 @pytest.mark.parametrize(
+    ("size", "channels", "attended"),
+    [
+        (8, (64, 128, 128), [4, 2]),
+        (16, (64, 128, 128), [8, 4]),
+        (32, (64, 128, 128), [16, 8]),
+        (64, (64, 128, 128, 128), [16, 8]),
+    ],
+)
+def test_presets_end_at_8_px_or_below_and_attend_from_16_px(size: int, channels: tuple, attended: list[int]) -> None:
+    unet = build_unet(DenoiserConfig(preset="xs"), latent_channels=3, latent_size=size, num_classes=3)
+    assert unet.config.block_out_channels == channels
+    kinds = unet.config.down_block_types
+    assert [size >> i for i, kind in enumerate(kinds) if kind == "AttnDownBlock2D"] == attended
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"unet_channels": (48,)}, "--unet_channels 48: widths must be multiples of 32"),
@@ -395,6 +411,18 @@ def test_saved_generator_is_the_same_generator(generator: Generator, tmp_path: P
     assert torch.equal(loaded.sample(labels, labels, 5), generator.sample(labels, labels, 5))
 
 
+def test_a_generator_of_pixels_loads_without_ddgen(generator: Generator, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    unet = build_unet(CONFIG, latent_channels=3, latent_size=16, num_classes=3).eval()
+    autoencoder = identity(CPU, "no").with_statistics(torch.zeros(3), torch.ones(3))
+    generator = replace(generator, unet=unet, autoencoder=autoencoder)
+    save_generator(generator, tmp_path / "generator", "card")
+    images = images_without_ddgen(tmp_path / "generator", tmp_path)
+    noise = torch.stack([torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(i)) for i in range(3)])
+    latents = ddim(lambda x, _: torch.zeros_like(x), noise, Schedule.of(generator.scheduler), 6)  # the UNet gives zeros
+    assert torch.allclose(images, (latents.clamp(-1, 1) + 1) / 2, atol=1e-5)
+
+
 def test_a_saved_flow_samples_with_diffusers_scheduler_alone(generator: Generator, tmp_path: Path) -> None:
     """UNet and scheduler of the folder, used as diffusers' own examples do."""
     generator = replace(generator, scheduler=scheduler_of("flow_prediction", flow_shift=2.0))
@@ -410,14 +438,12 @@ def test_a_saved_flow_samples_with_diffusers_scheduler_alone(generator: Generato
     assert torch.allclose(ddim(guide(loaded.unet, labels, 3, 1.0, (0, 1), schedule), noise, schedule, 5), x, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["v_prediction", "flow_prediction"])
-def test_generator_loads_and_samples_without_ddgen(generator: Generator, tmp_path: Path, kind: str) -> None:
-    generator = replace(generator, scheduler=scheduler_of(kind))
-    save_generator(generator, tmp_path / "generator", "card")
+def images_without_ddgen(folder: Path, tmp_path: Path) -> Tensor:
+    """Images of classes 0, 1, 2 with seeds 0, 1, 2, in [0, 1], by a process that does not have ddgen."""
     script = f"""
 import sys, torch
 from diffusers import DiffusionPipeline
-folder = {str(tmp_path / "generator")!r}
+folder = {str(folder)!r}
 pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
 assert "ddgen" not in sys.modules
 generators = [torch.Generator().manual_seed(i) for i in range(3)]
@@ -431,6 +457,15 @@ torch.save(pixels.images, {str(tmp_path / "images.pt")!r})
     }  # fmt: skip
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    images: Tensor = torch.load(tmp_path / "images.pt")
+    return images
+
+
+@pytest.mark.parametrize("kind", ["v_prediction", "flow_prediction"])
+def test_generator_loads_and_samples_without_ddgen(generator: Generator, tmp_path: Path, kind: str) -> None:
+    generator = replace(generator, scheduler=scheduler_of(kind))
+    save_generator(generator, tmp_path / "generator", "card")
+    images = images_without_ddgen(tmp_path / "generator", tmp_path)
     noise = torch.stack([torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(i)) for i in range(3)])
     labels = torch.tensor([0, 1, 2])
     denoise = guide(
@@ -438,7 +473,7 @@ torch.save(pixels.images, {str(tmp_path / "images.pt")!r})
     )
     latents = solve(denoise, noise, generator.scheduler, 6, "ddim")
     expected = (generator.autoencoder.decode(latents) + 1) / 2
-    assert torch.allclose(torch.load(tmp_path / "images.pt"), expected, atol=1e-4)
+    assert torch.allclose(images, expected, atol=1e-4)
 
 
 def test_unfinished_generator_is_named(tmp_path: Path) -> None:

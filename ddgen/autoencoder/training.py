@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 
 import torch
 from accelerate import Accelerator
@@ -22,6 +23,21 @@ from ddgen.seeds import batch_indices, derive, numpy_generator, torch_generator
 
 PerceptualLoss = Callable[[Tensor, Tensor], Tensor]
 NUM_VALIDATION_IMAGES = 512
+
+
+def check_space(config: AutoencoderConfig) -> None:
+    """Refuses settings of an autoencoder where there is none.
+
+    Raises:
+        UserError: --space pixel together with a setting of the autoencoder.
+    """
+    if config.space == "latent":
+        return
+    for name, default in asdict(AutoencoderConfig()).items():
+        if name != "space" and getattr(config, name) != default:
+            raise UserError(
+                f"--{name} {getattr(config, name)}: --space pixel has no autoencoder; leave one of them out"
+            )
 
 
 def default_downsample(image_size: int) -> int:

@@ -219,7 +219,10 @@ def _autoencoder_of_run(
                 perceptual=_perceptual_loss(observer) if config.autoencoder.vae_perceptual_weight else None,
             )
         floor = f" (patch PCA {report['psnr_pca']:.2f})" if "psnr_pca" in report else ""
-        accelerator.print(f"autoencoder: {report['psnr']:.2f} dB on held-out images{floor}")
+        if config.autoencoder.space == "pixel":
+            accelerator.print("autoencoder: none, pixels are diffused")
+        else:
+            accelerator.print(f"autoencoder: {report['psnr']:.2f} dB on held-out images{floor}")
         if accelerator.is_main_process:
             autoencoders.save(autoencoder, path, **report)
         accelerator.wait_for_everyone()

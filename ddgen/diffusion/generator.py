@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,9 +14,7 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from torch import Tensor, nn
 
-from ddgen.autoencoder import patch_autoencoder
-from ddgen.autoencoder.autoencoder import Autoencoder, load_pretrained, to_pixels
-from ddgen.autoencoder.patch_autoencoder import PatchAutoencoderKL
+from ddgen.autoencoder.autoencoder import OWN, Autoencoder, load_pretrained, to_pixels
 from ddgen.checkpoint import atomic_dir, read_json, write_json
 from ddgen.config import GuidanceConfig
 from ddgen.diffusion import pipeline
@@ -121,12 +120,12 @@ def save_generator(generator: Generator, path: Path, card: str, *, replace_exist
         replace_existing: Take the place of an older one.
     """
     vae: nn.Module = generator.autoencoder.vae
-    own = isinstance(vae, PatchAutoencoderKL)
+    own = Path(inspect.getfile(type(vae))) if type(vae).__name__ in OWN else None
     index = {
         "_class_name": ["pipeline", "LatentDiffusionPipeline"],
         "_diffusers_version": __import__("diffusers").__version__,
         "unet": ["diffusers", "UNet2DModel"],
-        "vae": ["patch_autoencoder" if own else "diffusers", type(vae).__name__],
+        "vae": [own.stem if own else "diffusers", type(vae).__name__],
         "scheduler": ["diffusers", type(generator.scheduler).__name__],
         "latents_mean": generator.autoencoder.latents_mean.flatten().tolist(),
         "latents_std": generator.autoencoder.latents_std.flatten().tolist(),
@@ -145,7 +144,7 @@ def save_generator(generator: Generator, path: Path, card: str, *, replace_exist
         generator.scheduler.save_pretrained(temporary / "scheduler")
         shutil.copy(pipeline.__file__, temporary / "pipeline.py")
         if own:
-            shutil.copy(patch_autoencoder.__file__, temporary / "vae" / "patch_autoencoder.py")
+            shutil.copy(own, temporary / "vae")
         (temporary / "README.md").write_text(card, encoding="utf-8")
         write_json(temporary / "model_index.json", index)
 
