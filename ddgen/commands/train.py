@@ -62,9 +62,9 @@ def train(config: TrainConfig) -> int:
     accelerator.wait_for_everyone()
     say(f"{dataset.name}: {len(dataset):,} training images, {dataset.num_classes} classes, {dataset.image_size} px")
 
-    observer = _observer_of_run(config, given, dataset, output_dir / "observer", accelerator, precision)
+    observer = observer_of_run(config, given, dataset, output_dir / "observer", accelerator, precision)
     say(f"observer: {observer.network}, {observer.accuracy:.1%} on held-out real images")
-    autoencoder, latents = _autoencoder_of_run(config, given, dataset, observer, output_dir, accelerator, precision)
+    autoencoder, latents = autoencoder_of_run(config, given, dataset, observer, output_dir, accelerator, precision)
 
     monitor = None
     if config.monitor.fid_every and accelerator.is_main_process:
@@ -146,7 +146,7 @@ def _write_run_facts(config: TrainConfig, dataset: ImageDataset, output_dir: Pat
     write_json(output_dir / "dataset.json", facts)
 
 
-def _observer_of_run(
+def observer_of_run(
     config: TrainConfig, given: Given, dataset: ImageDataset, path: Path, accelerator: Accelerator, precision: str
 ) -> Observer:
     """Loads the observer that the run already has, or takes the one that was given; otherwise trains one."""
@@ -191,7 +191,7 @@ def _train_observer(
     return Observer.load(path, dataset.class_names).to(accelerator.device)
 
 
-def _autoencoder_of_run(
+def autoencoder_of_run(
     config: TrainConfig,
     given: Given,
     dataset: ImageDataset,
