@@ -86,6 +86,8 @@ class AutoencoderConfig:
     """Weight of the Kullback-Leibler term on the latents."""
     vae_perceptual_weight: float = 0.0
     """Weight of the perceptual term in the observer's features."""
+    vae_equivariance_weight: float = 0.0
+    """Weight of the term that asks resized and turned latents to decode to images resized and turned alike (EQ-VAE)."""
 
 
 @dataclass(frozen=True)
@@ -334,8 +336,8 @@ RANGES: dict[str, tuple[float, float]] = {
         "sample_batch_size", "repeats", "epochs",
     )},
     **{name: (0, math.inf) for name in (
-        "vae_train_steps", "vae_kl_weight", "vae_perceptual_weight", "unet_attention_levels", "lr_warmup_steps",
-        "adam_weight_decay", "fid_every", "sample_every", "guidance_scale",
+        "vae_train_steps", "vae_kl_weight", "vae_perceptual_weight", "vae_equivariance_weight",
+        "unet_attention_levels", "lr_warmup_steps", "adam_weight_decay", "fid_every", "sample_every", "guidance_scale",
     )},
     **{name: (1e-12, math.inf) for name in (
         "vae_learning_rate", "learning_rate", "max_grad_norm", "observer_learning_rate", "logit_std", "snr_gamma",

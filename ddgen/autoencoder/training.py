@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from ddgen.autoencoder.autoencoder import Autoencoder, to_images, to_pixels, wrap
+from ddgen.autoencoder.equivariance import draw_transform
 from ddgen.autoencoder.patch_autoencoder import PatchAutoencoderKL
 from ddgen.autoencoder.pca import fit_pca
 from ddgen.config import AutoencoderConfig
@@ -101,9 +102,10 @@ def train_autoencoder(
 ) -> tuple[Autoencoder, dict[str, float]]:
     """Trains an autoencoder on real images.
 
-    The loss is the mean squared error (float32, images in [-1, 1]) plus weighted Kullback-Leibler and perceptual terms,
-    on images and, with `flip`, their mirror images. The weights kept are an exponential average. They never
-    reconstruct held-out images worse than patch PCA does: if training should end below it, the closed form is kept.
+    The loss is the mean squared error (float32, images in [-1, 1]) plus weighted Kullback-Leibler, perceptual and
+    equivariance terms, on images and, with `flip`, their mirror images. The weights kept are an exponential average.
+    Trained for the squared error alone they never reconstruct held-out images worse than patch PCA does: if training
+    should end below it, the closed form is kept.
 
     Args:
         config: Settings.
@@ -132,7 +134,8 @@ def train_autoencoder(
         averaged = _fit(model, config, pixels, training, accelerator, precision, seed, flip, perceptual)
         model.load_state_dict(averaged)
         report["psnr"] = psnr(wrap(model, device, precision), validation)
-        if report["psnr"] < report["psnr_pca"] and not config.vae_perceptual_weight:
+        squared_error_alone = not (config.vae_perceptual_weight or config.vae_equivariance_weight)
+        if report["psnr"] < report["psnr_pca"] and squared_error_alone:
             accelerator.print(f"autoencoder: training ended below patch PCA ({report['psnr']:.2f} dB); keeping the PCA")
             model.load_state_dict(start)
     report["psnr"] = psnr(wrap(model, device, precision), validation)
@@ -171,12 +174,18 @@ def _fit(
         noise = torch.randn(batch_size, model.config.latent_channels, latent_size, latent_size, generator=draws)
         images = to_images(pixels[chosen[mine]])
         images = torch.where(mirrored[mine, None, None, None], images.flip(-1), images).to(device)
+        transform = None
+        if config.vae_equivariance_weight:
+            transform = draw_transform(latent_size, torch_generator(seed, "autoencoder", "transform", step))
         with autocast(device, precision):
-            restored, posterior = ddp(images, noise[mine].to(device))
+            restored, posterior, moved = ddp(images, noise[mine].to(device), transform)
         error = F.mse_loss(restored.float(), images)
         loss = error + config.vae_kl_weight * posterior.kl().mean()
         if perceptual is not None and config.vae_perceptual_weight:
             loss = loss + config.vae_perceptual_weight * perceptual(restored.float(), images)
+        if transform is not None:
+            wanted = transform(images, model.config.downsample)
+            loss = loss + config.vae_equivariance_weight * F.mse_loss(moved.float(), wanted)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

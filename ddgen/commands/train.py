@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
-from torch import Tensor
-from torch.nn import functional as F
 
 from ddgen.autoencoder import autoencoder as autoencoders
 from ddgen.autoencoder.autoencoder import Autoencoder
@@ -42,6 +38,7 @@ from ddgen.errors import UserError
 from ddgen.evaluation.curve import draw_fid_curve
 from ddgen.evaluation.frechet import DistanceMonitor, inception_extractor, observer_extractor
 from ddgen.observer.observer import Observer
+from ddgen.observer.perceptual import PerceptualLoss
 from ddgen.observer.realism import check_observer
 from ddgen.observer.training import train_observer
 
@@ -216,7 +213,7 @@ def autoencoder_of_run(
                 precision=precision,
                 seed=config.run.seed,
                 flip=config.data.may_flip,
-                perceptual=_perceptual_loss(observer) if config.autoencoder.vae_perceptual_weight else None,
+                perceptual=PerceptualLoss(observer) if config.autoencoder.vae_perceptual_weight else None,
             )
         floor = f" (patch PCA {report['psnr_pca']:.2f})" if "psnr_pca" in report else ""
         if config.autoencoder.space == "pixel":
@@ -235,16 +232,6 @@ def autoencoder_of_run(
             flip=config.data.may_flip,
             fingerprint=f"{autoencoder.fingerprint()}-{dataset.fingerprint}",
         )
-
-
-def _perceptual_loss(observer: Observer) -> Callable[[Tensor, Tensor], Tensor]:
-    def loss(restored: Tensor, original: Tensor) -> Tensor:
-        with torch.no_grad():
-            wanted = F.normalize(observer.features((original + 1) / 2), dim=1)
-        found = F.normalize(observer.features((restored + 1) / 2), dim=1)
-        return (found - wanted).square().sum(1).mean()
-
-    return loss
 
 
 def _tracker_config(config: TrainConfig) -> dict[str, Any]:
