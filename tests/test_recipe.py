@@ -5,13 +5,31 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch.nn.functional import normalize
 
 import sample
 import train_ldm
 from benchmarks import recipe
+from ddgen.autoencoder.autoencoder import Autoencoder, identity, to_images, wrap
+from ddgen.autoencoder.patch_autoencoder import PatchAutoencoderKL
+from ddgen.autoencoder.pca import fit_pca
+from ddgen.autoencoder.training import psnr, reconstruct, train_autoencoder
+from ddgen.config import AutoencoderConfig, DataConfig, ObserverConfig
+from ddgen.data import ImageDataset, load_dataset
 from ddgen.distill.dataset import DistilledDataset
+from ddgen.evaluation.frechet import observer_extractor
+from ddgen.evaluation.reconstruction import measure_reconstruction, report_reconstruction
+from ddgen.observer.networks import build_network
+from ddgen.observer.observer import Observer, predict_pixels
+from ddgen.observer.perceptual import PerceptualLoss
+from ddgen.observer.training import train_observer
 
+CPU = torch.device("cpu")
 SMALL = [
     *["--dataset", "digits", "--image_size", "16", "--num_classes", "3", "--mixed_precision", "no"],
     *["--unet_channels", "32", "32", "--unet_layers_per_block", "1"],
@@ -21,6 +39,115 @@ SMALL = [
     *["--fid_every", "4", "--fid_num_images", "12", "--fid_num_inference_steps", "3"],
 ]
 PATCH = ["--vae_downsample", "4", "--vae_patch", "4", "--vae_channels", "16", "--vae_train_steps", "4"]
+
+
+@pytest.fixture(scope="module")
+def digits() -> ImageDataset:
+    return load_dataset(DataConfig(dataset="digits", image_size=16), "train")
+
+
+@pytest.fixture(scope="module")
+def observer(digits: ImageDataset, tmp_path_factory: pytest.TempPathFactory) -> Observer:
+    config = ObserverConfig(observer_network="convnet2", observer_epochs=3, observer_learning_rate=0.05)
+    path = tmp_path_factory.mktemp("observer") / "observer"
+    trained = train_observer(config, digits, output_dir=path, device=CPU, precision="no", seed=0, progress=False)
+    return trained.requires_grad_(False)
+
+
+def patch_pca(pixels: torch.Tensor, f: int, d: int) -> Autoencoder:
+    model = PatchAutoencoderKL(latent_channels=d, downsample=f, block_out_channels=())
+    model.set_pca(*fit_pca(pixels, f, d, seed=0))
+    return wrap(model, CPU, "no")
+
+
+# --- perceptual term
+
+
+def test_perceptual_distance_is_lpips_in_the_observers_features(observer: Observer, digits: ImageDataset) -> None:
+    a, b = to_images(digits.pixels[:8]), to_images(digits.pixels[8:16])
+    loss = PerceptualLoss(observer)
+    assert loss(a, a) == 0
+    body, expected = observer.classifier.body, []
+    x, y = (observer.prepare((side + 1) / 2) for side in (a, b))
+    for layer in body:  # conv, norm, ReLU, pool, twice; flatten
+        x, y = layer(x), layer(y)
+        if isinstance(layer, torch.nn.ReLU) or layer is body[-1] or layer is body[-2]:
+            expected.append((normalize(x, dim=1) - normalize(y, dim=1)).square().sum(1).mean())
+    assert len(expected) == 4
+    assert loss(a, b).item() == pytest.approx(torch.stack(expected).mean().item(), rel=1e-5)
+
+
+def test_perceptual_term_works_for_networks_of_all_kinds() -> None:
+    torch.manual_seed(0)
+    for network, layers in (("resnet18", 4), ("torchvision:densenet121", 4), ("torchvision:vit_b_32", 1)):
+        size = 32
+        made = Observer(
+            build_network(network, 3, size), network=network, class_names=("a", "b", "c"), input_size=size,
+            mean=(0.5,) * 3, std=(0.5,) * 3,
+        ).eval().requires_grad_(False)  # fmt: skip
+        restored = torch.rand(2, 3, size, size, requires_grad=True)
+        loss = PerceptualLoss(made)
+        loss(restored, torch.rand(2, 3, size, size)).backward()
+        assert restored.grad is not None and restored.grad.abs().sum() > 0, network
+        assert len(loss.layers) >= layers - 1, network
+
+
+def test_perceptual_term_makes_the_observer_agree_more_at_equal_steps(observer: Observer, digits: ImageDataset) -> None:
+    pixels, agreement = digits.pixels[:300], {}
+    before = predict_pixels(observer, pixels, what="logits", batch_size=300, device=CPU, precision="no").argmax(1)
+    for weight in (0.0, 1.0):
+        config = AutoencoderConfig(
+            vae_downsample=8, vae_latent_channels=3, vae_patch=8, vae_channels=(32,), vae_train_steps=40,
+            vae_batch_size=32, vae_learning_rate=3e-3, vae_perceptual_weight=weight,
+        )  # fmt: skip
+        vae, _ = train_autoencoder(
+            config, digits.pixels, accelerator=Accelerator(cpu=True), precision="no", seed=0, flip=False,
+            perceptual=PerceptualLoss(observer),
+        )  # fmt: skip
+        restored = reconstruct(vae, pixels)
+        after = predict_pixels(observer, restored, what="logits", batch_size=300, device=CPU, precision="no").argmax(1)
+        agreement[weight] = (after == before).double().mean().item()
+    assert agreement[1.0] > agreement[0.0] + 0.02
+
+
+# --- what is told of the autoencoder before the UNet starts
+
+
+def test_a_perfect_autoencoder_loses_nothing_and_a_worse_one_more(
+    observer: Observer, digits: ImageDataset, tmp_path: Path
+) -> None:
+    indices, features = torch.arange(0, len(digits), 7), observer_extractor(observer)
+    found = {}
+    for name, vae in (("none", identity(CPU, "no")), ("d6", patch_pca(digits.pixels, 4, 6)),
+                      ("d2", patch_pca(digits.pixels, 4, 2))):  # fmt: skip
+        found[name] = measure_reconstruction(
+            reconstruct(vae, digits.pixels[indices]), digits, indices, observer, features, device=CPU, precision="no"
+        )
+    rfd = f"rfd_convnet2_{len(indices)}"
+    assert found["none"][rfd] == pytest.approx(0, abs=1e-6)
+    assert found["none"]["accuracy"] == found["none"]["accuracy_reconstructed"] > 0.8
+    assert 0 < found["d6"][rfd] < found["d2"][rfd]
+    assert found["d6"]["psnr"] > found["d2"]["psnr"] + 1
+    assert found["d2"]["accuracy"] == found["none"]["accuracy"] > found["d2"]["accuracy_reconstructed"]
+    assert found["d6"]["psnr"] == pytest.approx(psnr(patch_pca(digits.pixels, 4, 6), digits.pixels[indices]))
+
+
+def test_reconstruction_report_is_written_before_training(
+    observer: Observer, digits: ImageDataset, tmp_path: Path
+) -> None:
+    vae, indices = patch_pca(digits.pixels, 4, 3), torch.arange(25)
+    line = report_reconstruction(vae, digits, indices, observer, observer_extractor(observer), tmp_path, precision="no")
+    found = json.loads((tmp_path / "reconstruction.json").read_text())
+    assert found["num_images"] == 25
+    assert f"{found['psnr']:.2f} dB, rfd_convnet2_25 {found['rfd_convnet2_25']:.3f}" in line
+    with Image.open(tmp_path / "samples" / "reconstructions.png") as grid:
+        columns, rows = grid.width // 66, grid.height // 66
+        assert (columns, rows) == (10, 5)  # 10 over 10, 10 over 10, and 5 beside 5
+        original = torch.tensor(np.asarray(grid.crop((2, 2, 66, 66)))[::4, ::4]).permute(2, 0, 1)
+    assert torch.equal(original, digits.pixels[0])
+
+
+# --- pixel space and prediction types through the commands
 
 
 def test_a_flow_of_pixels_is_trained_and_distilled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -80,14 +80,22 @@ def build(config: AutoencoderConfig, image_size: int) -> PatchAutoencoderKL:
     )
 
 
+def reconstruct(vae: Autoencoder, pixels: Tensor) -> Tensor:
+    """Returns `pixels`, uint8 (n, 3, h, w), encoded to posterior means, decoded and rounded, on the CPU."""
+    parts = [vae.decode(vae.standardise(vae.encode(to_images(batch))[0])) for batch in pixels.split(64)]
+    return torch.cat([to_pixels(part).cpu() for part in parts])
+
+
+def psnr_of(restored: Tensor, pixels: Tensor) -> float:
+    """Returns the peak signal-to-noise ratio in dB of the mean squared error, both uint8 (n, 3, h, w)."""
+    parts = zip(restored.split(64), pixels.split(64), strict=True)
+    squared = sum((a.double() - b.double()).square().sum().item() for a, b in parts)
+    return 10 * math.log10(255**2 / max(squared / pixels.numel(), 1e-12))
+
+
 def psnr(vae: Autoencoder, pixels: Tensor) -> float:
-    """Returns the peak signal-to-noise ratio in dB of rounded reconstructions of `pixels`, uint8 (n, 3, h, w)."""
-    squared = 0.0
-    for batch in pixels.split(64):
-        mean, _ = vae.encode(to_images(batch))
-        restored = to_pixels(vae.decode(vae.standardise(mean))).cpu()
-        squared += (restored.double() - batch.double()).square().mean((1, 2, 3)).sum().item()
-    return 10 * math.log10(255**2 / max(squared / len(pixels), 1e-12))
+    """Returns `psnr_of` reconstructions of `pixels`, uint8 (n, 3, h, w)."""
+    return psnr_of(reconstruct(vae, pixels), pixels)
 
 
 def train_autoencoder(

@@ -31,12 +31,13 @@ from ddgen.config import (
     to_flat_dict,
     write_yaml,
 )
-from ddgen.data import ImageDataset
+from ddgen.data import ImageDataset, split_holdout
 from ddgen.diffusion.generator import Generator, save_generator
 from ddgen.diffusion.training import Stopped, train_diffusion
 from ddgen.errors import UserError
 from ddgen.evaluation.curve import draw_fid_curve
-from ddgen.evaluation.frechet import DistanceMonitor, inception_extractor, observer_extractor
+from ddgen.evaluation.frechet import DistanceMonitor, Extractor, inception_extractor, observer_extractor
+from ddgen.evaluation.reconstruction import report_reconstruction
 from ddgen.observer.observer import Observer
 from ddgen.observer.perceptual import PerceptualLoss
 from ddgen.observer.realism import check_observer
@@ -62,6 +63,9 @@ def train(config: TrainConfig) -> int:
     observer = observer_of_run(config, given, dataset, output_dir / "observer", accelerator, precision)
     say(f"observer: {observer.network}, {observer.accuracy:.1%} on held-out real images")
     autoencoder, latents = autoencoder_of_run(config, given, dataset, observer, output_dir, accelerator, precision)
+    if accelerator.is_main_process and not (output_dir / "reconstruction.json").is_file():
+        say(_reconstruction(config, dataset, autoencoder, observer, extractor, output_dir, precision))
+    accelerator.wait_for_everyone()
 
     monitor = None
     if config.monitor.fid_every and accelerator.is_main_process:
@@ -216,9 +220,7 @@ def autoencoder_of_run(
                 perceptual=PerceptualLoss(observer) if config.autoencoder.vae_perceptual_weight else None,
             )
         floor = f" (patch PCA {report['psnr_pca']:.2f})" if "psnr_pca" in report else ""
-        if config.autoencoder.space == "pixel":
-            accelerator.print("autoencoder: none, pixels are diffused")
-        else:
+        if config.autoencoder.space == "latent":
             accelerator.print(f"autoencoder: {report['psnr']:.2f} dB on held-out images{floor}")
         if accelerator.is_main_process:
             autoencoders.save(autoencoder, path, **report)
@@ -232,6 +234,22 @@ def autoencoder_of_run(
             flip=config.data.may_flip,
             fingerprint=f"{autoencoder.fingerprint()}-{dataset.fingerprint}",
         )
+
+
+def _reconstruction(
+    config: TrainConfig,
+    dataset: ImageDataset,
+    autoencoder: Autoencoder,
+    observer: Observer,
+    extractor: Extractor | None,
+    output_dir: Path,
+    precision: str,
+) -> str:
+    if config.autoencoder.space == "pixel":
+        return "autoencoder: none, pixels are diffused"
+    _, held_out = split_holdout(dataset, config.observer.observer_holdout, config.run.seed)
+    features = extractor or observer_extractor(observer)
+    return report_reconstruction(autoencoder, dataset, held_out, observer, features, output_dir, precision=precision)
 
 
 def _tracker_config(config: TrainConfig) -> dict[str, Any]:
