@@ -242,7 +242,7 @@ def read_metrics(path: Path, batch_size: int) -> Result:
 
     Returns:
         "seconds" of training alone, "images_per_second", "metric", the name of the distance, and "curve":
-        {"ema_<std>": [[images, seconds, distance], ...]}.
+        {"ema_<std>" or "posthoc_<std>": [[images, seconds, distance], ...]}.
     """
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     logged = [record for record in records if "images_per_second" in record]
@@ -253,7 +253,7 @@ def read_metrics(path: Path, batch_size: int) -> Result:
     metric = ""
     for record in records:
         for key, value in record.items():
-            if key.startswith(("fid_", "fd_")) and "/ema_" in key:
+            if key.startswith(("fid_", "fd_")):
                 metric, _, average = key.partition("/")
                 at = [record["step"] * batch_size, float(np.interp(record["step"], steps, seconds)), value]
                 curve.setdefault(average, []).append(at)
@@ -292,14 +292,15 @@ def table(results: list[Result]) -> str:
 
 
 def _draw(results: list[Result]) -> bytes:
-    """Draws each variation's better average against images and against minutes of training."""
+    """Draws each variation's best tracked average against images and against minutes of training."""
     figure = Figure(figsize=(11, 4.2), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (column, scale, label) in zip(
         figure.subplots(1, 2, sharey=True), ((0, 1e3, "thousand images"), (1, 60, "minutes of training")), strict=True
     ):
         for result in results:
-            best = np.array(min(result["curve"].values(), key=lambda points: points[-1][2]))
+            tracked = [points for average, points in result["curve"].items() if average.startswith("ema_")]
+            best = np.array(min(tracked, key=lambda points: points[-1][2]))
             axes.plot(best[:, column] / scale, best[:, 2], marker="o", markersize=3.5, label=result["name"])
         axes.set_xlabel(label)
         axes.set_yscale("log")

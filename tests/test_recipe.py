@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
+from safetensors.torch import load_file
 from torch.nn.functional import normalize
 
 import sample
@@ -21,6 +22,8 @@ from ddgen.autoencoder.pca import fit_pca
 from ddgen.autoencoder.training import psnr, reconstruct, train_autoencoder
 from ddgen.config import AutoencoderConfig, DataConfig, ObserverConfig
 from ddgen.data import ImageDataset, load_dataset
+from ddgen.diffusion.ema import PowerEMA, std_to_gamma
+from ddgen.diffusion.posthoc import Snapshots, combination
 from ddgen.distill.dataset import DistilledDataset
 from ddgen.evaluation.frechet import observer_extractor
 from ddgen.evaluation.reconstruction import measure_reconstruction, report_reconstruction
@@ -147,6 +150,63 @@ def test_reconstruction_report_is_written_before_training(
     assert torch.equal(original, digits.pixels[0])
 
 
+# --- averages chosen after training
+
+
+def test_combination_is_the_least_squares_fit_of_the_profiles() -> None:
+    """Karras et al. 2024, algorithm 3, against a fit of the profiles as they are drawn on a fine grid."""
+    steps, stds = np.repeat([30, 60, 90, 120], 2), np.tile([0.05, 0.10], 4)
+    grid = (np.arange(24_000) + 0.5) / 200
+
+    def profile(step: int, std: float) -> np.ndarray:
+        gamma = std_to_gamma(std)
+        inside = grid <= step
+        return np.where(inside, (gamma + 1) / step * (np.minimum(grid, step) / step) ** gamma, 0)
+
+    drawn = np.stack([profile(*pair) for pair in zip(steps.tolist(), stds.tolist(), strict=True)], axis=1)
+    for std in (0.07, 0.15, 0.2):
+        expected = np.linalg.lstsq(drawn, profile(120, std), rcond=None)[0]
+        assert combination(steps, stds, 120, std) == pytest.approx(expected, abs=2e-3)
+    assert combination(steps, stds, 120, 0.1) == pytest.approx([0] * 7 + [1], abs=1e-6)
+
+
+def test_averages_put_together_afterwards_are_those_tracked_all_along(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    weight, steps = torch.nn.Parameter(torch.randn(500) * 0.05), 800
+    stds = (0.05, 0.10)
+    ema, direct = PowerEMA([weight], stds), PowerEMA([weight], (0.03, 0.04, 0.07, 0.15, 0.2))
+    snapshots = Snapshots(tmp_path, ["w"], stds, steps)
+    drift = torch.randn(500)
+    for step in range(1, steps + 1):
+        with torch.no_grad():
+            weight += 0.002 * torch.randn(500) * min(1, (steps - step) / 300) + (drift - weight) / 1000
+        ema.update(step), direct.update(step)
+        snapshots.save(ema, step)
+    assert len(list(tmp_path.iterdir())) == 16
+    assert torch.equal(snapshots.average(0.10, steps)["w"].half(), ema.averages[0.10][0].half())
+    for std, limit in ((0.03, 0.01), (0.04, 0.002), (0.07, 0.002), (0.15, 0.002), (0.2, 0.005)):
+        wanted = direct.averages[std][0]
+        error = ((snapshots.average(std, steps)["w"] - wanted).norm() / wanted.norm()).item()
+        nearest = min(((ema.averages[s][0] - wanted).norm() / wanted.norm()).item() for s in stds)
+        assert error < limit and error < nearest / 3, std
+
+
+def test_the_width_with_the_lowest_distance_becomes_the_generator(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    flags = ["--posthoc_ema_stds", "0.07", "0.1", "0.2", "--learning_rate", "0.01", "--output_dir", str(run_dir)]
+    assert train_ldm.main([*SMALL, *PATCH, *flags]) == 0
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    distances = {key.split("_")[-1]: value for line in lines for key, value in line.items() if key.startswith("fd_")}
+    assert set(distances) == {"0.05", "0.1", "0.07", "0.2"}
+    best = min(distances, key=lambda std: distances[std])
+    unet = load_file(run_dir / "generator" / "unet" / "diffusion_pytorch_model.safetensors")
+    snapshots = Snapshots(run_dir / "ema_snapshots", sorted(unet), (0.05, 0.1), 4)
+    for std in ("0.07", "0.2", "0.05", "0.1"):
+        average = snapshots.average(float(std), 4)
+        same = all(torch.allclose(unet[name], average[name], atol=2e-4) for name in unet)
+        assert same == (std == best), std
+
+
 # --- pixel space and prediction types through the commands
 
 
@@ -172,6 +232,8 @@ def test_a_flow_of_pixels_is_trained_and_distilled(tmp_path: Path, capsys: pytes
         (["--space", "pixel", "--vae_kl_weight", "1"], "--vae_kl_weight 1.0: --space pixel has no autoencoder"),
         (["--flow_shift", "2"], "--flow_shift 2.0: only for --prediction_type flow_prediction"),
         (["--prediction_type", "noise"], "--prediction_type"),
+        (["--posthoc_ema_stds", "0.2", "--fid_every", "0"], "--posthoc_ema_stds: widths are chosen by their FD"),
+        (["--posthoc_ema_stds", "0.01"], "--posthoc_ema_stds 0.01: give 0.03 to 0.25"),
     ],
 )
 def test_settings_that_do_not_go_together_are_named(

@@ -20,6 +20,7 @@ from ddgen.config import TrainConfig
 from ddgen.diffusion.generator import Generator
 from ddgen.diffusion.objective import DiffusionLoss, build_scheduler, draw, learning_rate
 from ddgen.diffusion.pipeline import Schedule
+from ddgen.diffusion.posthoc import Snapshots
 from ddgen.diffusion.report import Monitor, Report
 from ddgen.diffusion.run import TrainingRun
 from ddgen.errors import UserError
@@ -97,6 +98,8 @@ def train_diffusion(
     copied = copy.deepcopy(run.unet).eval().requires_grad_(False)
     sampled = Generator(copied, autoencoder, scheduler, class_names, image_size, config.guidance, precision)
     report = Report(config, run, sampled, accelerator, monitor, on_metrics)
+    names = [name for name, _ in run.unet.named_parameters()]
+    snapshots = Snapshots(output_dir / "ema_snapshots", names, optim.ema_stds, optim.max_train_steps)
     unet, optimizer = accelerator.prepare(run.unet, run.optimizer)
     unet.train()
 
@@ -123,6 +126,8 @@ def train_diffusion(
             run.ema.update(run.step)
 
             # --- report and save
+            if optim.posthoc_ema_stds and accelerator.is_main_process:
+                snapshots.save(run.ema, run.step)
             report.after_step(total, norm)
             stop = _any_process(accelerator, stopping.get("signal", 0)) if report.at_boundary() else 0
             if run.step % config.run.checkpointing_steps == 0 or run.step == optim.max_train_steps or stop:
@@ -132,7 +137,8 @@ def train_diffusion(
                 accelerator.wait_for_everyone()
             if stop:
                 raise Stopped(stop, latest_checkpoint(run.checkpoints_dir) or output_dir)
-    return report.generator(best_ema(run.distances, optim.ema_stds))
+    best = best_ema(run.distances, optim.ema_stds)
+    return report.choose_width(snapshots, best) if optim.posthoc_ema_stds else report.generator(best)
 
 
 def best_ema(distances: dict[str, list[tuple[int, float]]], stds: tuple[float, ...]) -> float:
