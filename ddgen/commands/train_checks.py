@@ -95,7 +95,7 @@ def check_training(config: TrainConfig, dataset: ImageDataset, accelerator: Acce
     for steps in (config.guidance.num_inference_steps, config.monitor.fid_num_inference_steps):
         check_sampling(replace(config.guidance, num_inference_steps=steps), config.denoiser.prediction_type)
     autoencoder = None
-    if optim.posthoc_ema_stds and not config.monitor.fid_every:
+    if optim.posthoc_ema_stds and config.monitor.fid_every == 0:
         raise UserError("--posthoc_ema_stds: widths are chosen by their FD; set --fid_every, or leave them out")
     check_space(config.autoencoder)
     if config.autoencoder.space == "pixel":
