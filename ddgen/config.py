@@ -62,6 +62,9 @@ class DataConfig:
 class AutoencoderConfig:
     """Autoencoder: images to latents and back."""
 
+    space: Literal["latent", "pixel"] = "latent"
+    """Diffuse latents of an autoencoder, or pixels without one. In pixels the UNet is told of every detail, and costs
+    as much more as there are more positions."""
     vae: str | None = None
     """Path or hub id of a diffusers autoencoder to use instead of training one."""
     vae_downsample: int | None = None
@@ -83,6 +86,8 @@ class AutoencoderConfig:
     """Weight of the Kullback-Leibler term on the latents."""
     vae_perceptual_weight: float = 0.0
     """Weight of the perceptual term in the observer's features."""
+    vae_equivariance_weight: float = 0.0
+    """Weight of the term that asks resized and turned latents to decode to images resized and turned alike (EQ-VAE)."""
 
 
 @dataclass(frozen=True)
@@ -96,11 +101,16 @@ class DenoiserConfig:
     unet_layers_per_block: int | None = None
     """Residual blocks per resolution instead of the preset's."""
     unet_attention_levels: tuple[int, ...] | None = None
-    """Which resolutions have self-attention, 0 the finest, instead of the preset's."""
+    """Which resolutions have self-attention, 0 the finest. Default: all but the finest, up to 16 x 16."""
     unet_dropout: float = 0.0
     """Dropout inside the residual blocks."""
     class_dropout: float = 0.1
     """Probability of replacing a label by the null class in training, for classifier-free guidance."""
+    prediction_type: Literal["v_prediction", "epsilon", "flow_prediction"] = "v_prediction"
+    """What the UNet predicts: the velocity on the cosine schedule, the noise on Stable Diffusion's schedule, or
+    noise - image of rectified flow."""
+    flow_shift: float = 1.0
+    """Rectified flow only: above 1 moves training and sampling timesteps towards noise, as large images need."""
     timestep_sampling: Literal["logit_normal", "uniform"] = "logit_normal"
     """How training timesteps are drawn."""
     logit_mean: float = 0.0
@@ -133,6 +143,9 @@ class OptimizerConfig:
     """Gradients are clipped to this norm."""
     ema_stds: tuple[float, ...] = (0.05, 0.10)
     """Relative widths of the power-function averages of the weights; the best by FD becomes the generator."""
+    posthoc_ema_stds: tuple[float, ...] = ()
+    """Further widths that are put together after training from 16 snapshots of the averages, and compete by FD. Costs
+    one point of the FID curve each, and 16 x 2 bytes of disk per average and weight."""
     mixed_precision: Precision | None = None
     """Autocast precision; weights stay float32. Default: what `accelerate launch` was given, otherwise bf16 where the
     hardware is fast at it."""
@@ -331,17 +344,18 @@ RANGES: dict[str, tuple[float, float]] = {
         "sample_batch_size", "repeats", "epochs",
     )},
     **{name: (0, math.inf) for name in (
-        "vae_train_steps", "vae_kl_weight", "vae_perceptual_weight", "unet_attention_levels", "lr_warmup_steps",
-        "adam_weight_decay", "fid_every", "sample_every", "guidance_scale",
+        "vae_train_steps", "vae_kl_weight", "vae_perceptual_weight", "vae_equivariance_weight",
+        "unet_attention_levels", "lr_warmup_steps", "adam_weight_decay", "fid_every", "sample_every", "guidance_scale",
     )},
     **{name: (1e-12, math.inf) for name in (
         "vae_learning_rate", "learning_rate", "max_grad_norm", "observer_learning_rate", "logit_std", "snr_gamma",
-        "soft_label_temperature",
+        "flow_shift", "soft_label_temperature",
     )},
     **{name: (0, 1) for name in ("unet_dropout", "class_dropout", "lr_decay_fraction", "guidance_interval")},
     "observer_holdout": (0.001, 0.9),
     "fid_num_images": (6, math.inf),  # neighbours are counted up to the fifth
     "ema_stds": (0.005, 0.25),
+    "posthoc_ema_stds": (0.03, 0.25),
     "seed": (0, 2**63 - 1),
 }  # fmt: skip
 """Smallest and largest value of every number, both allowed; of every number of a list likewise."""

@@ -16,11 +16,12 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from sklearn.decomposition import PCA
 
 from ddgen.autoencoder import autoencoder as autoencoders
-from ddgen.autoencoder.autoencoder import check_fits, load_pretrained, to_images, to_pixels, wrap
+from ddgen.autoencoder.autoencoder import check_fits, identity, load_pretrained, to_images, to_pixels, wrap
+from ddgen.autoencoder.equivariance import Transform, draw_transform
 from ddgen.autoencoder.latents import build_latent_cache
 from ddgen.autoencoder.patch_autoencoder import PatchAutoencoderKL
 from ddgen.autoencoder.pca import fit_pca
-from ddgen.autoencoder.training import build, psnr, train_autoencoder
+from ddgen.autoencoder.training import build, check_space, psnr, train_autoencoder
 from ddgen.config import AutoencoderConfig
 from ddgen.errors import UserError
 
@@ -217,6 +218,72 @@ def test_wrong_settings_are_named(settings: dict[str, object], message: str) -> 
     with pytest.raises(UserError) as error:
         build(AutoencoderConfig(**settings), 16)  # type: ignore[arg-type]
     assert message in str(error.value)
+
+
+def test_turned_latents_of_flat_patches_decode_to_turned_images() -> None:
+    """With one colour a patch the decoder is equivariant, so the transform must be the same in both."""
+    vae = PatchAutoencoderKL(latent_channels=3, downsample=4, block_out_channels=())
+    components = torch.eye(3).repeat_interleave(16, dim=1) / 4
+    vae.set_pca(torch.zeros(48), components, torch.ones(3))
+    z = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    for turns in range(4):
+        transform = Transform(5, 5, turns)
+        assert torch.allclose(vae.decode(transform(z)).sample, transform(vae.decode(z).sample, 4), atol=1e-6)
+    assert torch.equal(Transform(5, 5, 1)(z)[0, 0, 0], z[0, 0, :, -1])
+    assert Transform(2, 3, 1)(z).shape == (2, 3, 3, 2) and Transform(2, 3, 0)(vae.decode(z).sample, 4).shape[2:] == (
+        8,
+        12,
+    )
+    flat = torch.full((1, 3, 8, 8), 0.7)
+    assert torch.allclose(Transform(3, 5, 2)(flat), torch.full((1, 3, 5, 3), 0.7).transpose(2, 3))
+
+
+def test_drawn_transforms_go_down_to_a_quarter_and_use_all_turns() -> None:
+    generator = torch.Generator().manual_seed(0)
+    drawn = [draw_transform(8, generator) for _ in range(300)]
+    assert {t.height for t in drawn} == {t.width for t in drawn} == set(range(2, 9))
+    assert {t.turns for t in drawn} == {0, 1, 2, 3}
+
+
+def test_the_equivariance_term_makes_latents_more_equivariant_at_equal_steps() -> None:
+    coarse = torch.randn(256, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    smooth = torch.nn.functional.interpolate(coarse, size=16, mode="bicubic", align_corners=True)
+    pixels, errors = (smooth * 60 + 128).clamp(0, 255).to(torch.uint8), {}
+    images = to_images(pixels[:64])
+    for weight in (0.0, 1.0):
+        config = AutoencoderConfig(
+            vae_downsample=4, vae_latent_channels=8, vae_patch=4, vae_channels=(16,), vae_train_steps=60,
+            vae_batch_size=8, vae_learning_rate=1e-2, vae_equivariance_weight=weight,
+        )  # fmt: skip
+        vae, _ = train_autoencoder(
+            config, pixels, accelerator=Accelerator(cpu=True), precision="no", seed=0, flip=False
+        )
+        mean, _ = vae.encode(images)
+        turned = [(Transform(4, 4, k)(mean), Transform(4, 4, k)(images, 4)) for k in (1, 2, 3)]
+        with torch.inference_mode():
+            errors[weight] = sum((vae.vae.decode(z).sample - x).square().mean().item() for z, x in turned)
+    assert errors[1.0] < 0.9 * errors[0.0]  # measured: 0.82
+
+
+def test_pixel_space_is_an_autoencoder_that_does_nothing(tmp_path: Path) -> None:
+    pixels = smooth_pixels(32)
+    vae = identity(CPU, "bf16")
+    vae, cache = build_latent_cache(vae, pixels, tmp_path / "latents", flip=True, fingerprint="p")
+    assert cache.mean.shape == (2, 32, 3, 16, 16) and cache.std is None
+    assert torch.allclose(cache.mean[0].float().mean((0, 2, 3)), torch.zeros(3), atol=1e-2)
+    assert torch.allclose(cache.mean[0].float().std((0, 2, 3)), torch.ones(3), atol=1e-2)
+    drawn = cache.batch(torch.tensor([3, 3]), torch.tensor([False, True]), torch.randn(2, 3, 16, 16))
+    restored = to_pixels(vae.decode(drawn))
+    assert torch.equal(restored[0], pixels[3]) and torch.equal(restored[1], pixels[3].flip(-1))
+    autoencoders.save(vae, tmp_path / "autoencoder")
+    loaded = autoencoders.load(tmp_path / "autoencoder", CPU, "no")
+    assert loaded.fingerprint() == vae.fingerprint() and torch.equal(loaded.decode(drawn), vae.decode(drawn))
+
+
+def test_settings_of_an_autoencoder_do_not_go_with_pixel_space() -> None:
+    check_space(AutoencoderConfig(space="pixel"))
+    with pytest.raises(UserError, match="--vae_downsample 4: --space pixel has no autoencoder"):
+        check_space(AutoencoderConfig(space="pixel", vae_downsample=4))
 
 
 def test_missing_pretrained_autoencoder_is_named(tmp_path: Path) -> None:

@@ -14,10 +14,14 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from ddgen.autoencoder.identity_autoencoder import IdentityAutoencoder
 from ddgen.autoencoder.patch_autoencoder import PatchAutoencoderKL
 from ddgen.checkpoint import atomic_dir, read_json, write_json
 from ddgen.errors import UserError
 from ddgen.precision import autocast
+
+OWN = {kind.__name__: kind for kind in (PatchAutoencoderKL, IdentityAutoencoder)}
+"""Autoencoders that diffusers does not have; their files travel with the weights."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,11 @@ def wrap(vae: nn.Module, device: torch.device, precision: str) -> Autoencoder:
     return Autoencoder(vae, torch.zeros(1, 1, 1), torch.ones(1, 1, 1), precision)
 
 
+def identity(device: torch.device, precision: str) -> Autoencoder:
+    """Returns the autoencoder of pixel space, whose latents are the images."""
+    return wrap(IdentityAutoencoder(), device, precision)
+
+
 def load_pretrained(path_or_id: str, device: torch.device, precision: str) -> Autoencoder:
     """Loads a diffusers autoencoder, or the one of a diffusers pipeline, by path or hub id, from safetensors.
 
@@ -104,7 +113,7 @@ def load_pretrained(path_or_id: str, device: torch.device, precision: str) -> Au
     try:
         subfolder, config = _find_config(path_or_id)
         name = config.get("_class_name", "")
-        kind = PatchAutoencoderKL if name == "PatchAutoencoderKL" else getattr(diffusers, name, None)
+        kind = OWN.get(name) or getattr(diffusers, name, None)
         if kind is None or not hasattr(kind, "encode"):
             raise UserError(f"--vae {path_or_id}: {name or 'unknown class'} is not a diffusers autoencoder")
         return wrap(kind.from_pretrained(path_or_id, subfolder=subfolder, use_safetensors=True), device, precision)

@@ -6,6 +6,8 @@ saved generator.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import Decoder, DecoderOutput, DiagonalGaussianDistribution, Encoder
@@ -113,8 +115,21 @@ class PatchAutoencoderKL(ModelMixin, ConfigMixin):
             images = images + F.pixel_shuffle(self.decoder(z), self.config.patch)
         return DecoderOutput(sample=images) if return_dict else (images,)
 
-    def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, DiagonalGaussianDistribution]:
-        """Reconstructs `x` from a latent drawn with standard normal `noise`; returns images and posterior."""
+    def forward(
+        self, x: Tensor, noise: Tensor, transform: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, DiagonalGaussianDistribution, Tensor | None]:
+        """Reconstructs images for training.
+
+        Args:
+            x: Images (b, c, h, w).
+            noise: Standard normal (b, d, h / f, w / f), draws the latents from the posterior.
+            transform: Of latents.
+
+        Returns:
+            The reconstructions, the posterior and, with a transform, what the transformed latents are decoded to.
+        """
         (posterior,) = self.encode(x, return_dict=False)
-        (images,) = self.decode(posterior.mean + posterior.std * noise, return_dict=False)
-        return images, posterior
+        latents = posterior.mean + posterior.std * noise
+        (images,) = self.decode(latents, return_dict=False)
+        (moved,) = (None,) if transform is None else self.decode(transform(latents), return_dict=False)
+        return images, posterior, moved

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 
 import torch
 from accelerate import Accelerator
@@ -13,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from ddgen.autoencoder.autoencoder import Autoencoder, to_images, to_pixels, wrap
+from ddgen.autoencoder.equivariance import draw_transform
 from ddgen.autoencoder.patch_autoencoder import PatchAutoencoderKL
 from ddgen.autoencoder.pca import fit_pca
 from ddgen.config import AutoencoderConfig
@@ -22,6 +24,21 @@ from ddgen.seeds import batch_indices, derive, numpy_generator, torch_generator
 
 PerceptualLoss = Callable[[Tensor, Tensor], Tensor]
 NUM_VALIDATION_IMAGES = 512
+
+
+def check_space(config: AutoencoderConfig) -> None:
+    """Refuses settings of an autoencoder where there is none.
+
+    Raises:
+        UserError: --space pixel together with a setting of the autoencoder.
+    """
+    if config.space == "latent":
+        return
+    for name, default in asdict(AutoencoderConfig()).items():
+        if name != "space" and getattr(config, name) != default:
+            raise UserError(
+                f"--{name} {getattr(config, name)}: --space pixel has no autoencoder; leave one of them out"
+            )
 
 
 def default_downsample(image_size: int) -> int:
@@ -63,14 +80,22 @@ def build(config: AutoencoderConfig, image_size: int) -> PatchAutoencoderKL:
     )
 
 
+def reconstruct(vae: Autoencoder, pixels: Tensor) -> Tensor:
+    """Returns `pixels`, uint8 (n, 3, h, w), encoded to posterior means, decoded and rounded, on the CPU."""
+    parts = [vae.decode(vae.standardise(vae.encode(to_images(batch))[0])) for batch in pixels.split(64)]
+    return torch.cat([to_pixels(part).cpu() for part in parts])
+
+
+def psnr_of(restored: Tensor, pixels: Tensor) -> float:
+    """Returns the peak signal-to-noise ratio in dB of the mean squared error, both uint8 (n, 3, h, w)."""
+    parts = zip(restored.split(64), pixels.split(64), strict=True)
+    squared = sum((a.double() - b.double()).square().sum().item() for a, b in parts)
+    return 10 * math.log10(255**2 / max(squared / pixels.numel(), 1e-12))
+
+
 def psnr(vae: Autoencoder, pixels: Tensor) -> float:
-    """Returns the peak signal-to-noise ratio in dB of rounded reconstructions of `pixels`, uint8 (n, 3, h, w)."""
-    squared = 0.0
-    for batch in pixels.split(64):
-        mean, _ = vae.encode(to_images(batch))
-        restored = to_pixels(vae.decode(vae.standardise(mean))).cpu()
-        squared += (restored.double() - batch.double()).square().mean((1, 2, 3)).sum().item()
-    return 10 * math.log10(255**2 / max(squared / len(pixels), 1e-12))
+    """Returns `psnr_of` reconstructions of `pixels`, uint8 (n, 3, h, w)."""
+    return psnr_of(reconstruct(vae, pixels), pixels)
 
 
 def train_autoencoder(
@@ -85,9 +110,10 @@ def train_autoencoder(
 ) -> tuple[Autoencoder, dict[str, float]]:
     """Trains an autoencoder on real images.
 
-    The loss is the mean squared error (float32, images in [-1, 1]) plus weighted Kullback-Leibler and perceptual terms,
-    on images and, with `flip`, their mirror images. The weights kept are an exponential average. They never
-    reconstruct held-out images worse than patch PCA does: if training should end below it, the closed form is kept.
+    The loss is the mean squared error (float32, images in [-1, 1]) plus weighted Kullback-Leibler, perceptual and
+    equivariance terms, on images and, with `flip`, their mirror images. The weights kept are an exponential average.
+    Trained for the squared error alone they never reconstruct held-out images worse than patch PCA does: if training
+    should end below it, the closed form is kept.
 
     Args:
         config: Settings.
@@ -116,7 +142,8 @@ def train_autoencoder(
         averaged = _fit(model, config, pixels, training, accelerator, precision, seed, flip, perceptual)
         model.load_state_dict(averaged)
         report["psnr"] = psnr(wrap(model, device, precision), validation)
-        if report["psnr"] < report["psnr_pca"] and not config.vae_perceptual_weight:
+        squared_error_alone = not (config.vae_perceptual_weight or config.vae_equivariance_weight)
+        if report["psnr"] < report["psnr_pca"] and squared_error_alone:
             accelerator.print(f"autoencoder: training ended below patch PCA ({report['psnr']:.2f} dB); keeping the PCA")
             model.load_state_dict(start)
     report["psnr"] = psnr(wrap(model, device, precision), validation)
@@ -155,12 +182,18 @@ def _fit(
         noise = torch.randn(batch_size, model.config.latent_channels, latent_size, latent_size, generator=draws)
         images = to_images(pixels[chosen[mine]])
         images = torch.where(mirrored[mine, None, None, None], images.flip(-1), images).to(device)
+        transform = None
+        if config.vae_equivariance_weight:
+            transform = draw_transform(latent_size, torch_generator(seed, "autoencoder", "transform", step))
         with autocast(device, precision):
-            restored, posterior = ddp(images, noise[mine].to(device))
+            restored, posterior, moved = ddp(images, noise[mine].to(device), transform)
         error = F.mse_loss(restored.float(), images)
         loss = error + config.vae_kl_weight * posterior.kl().mean()
         if perceptual is not None and config.vae_perceptual_weight:
             loss = loss + config.vae_perceptual_weight * perceptual(restored.float(), images)
+        if transform is not None:
+            wanted = transform(images, model.config.downsample)
+            loss = loss + config.vae_equivariance_weight * F.mse_loss(moved.float(), wanted)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

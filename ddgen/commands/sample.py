@@ -31,6 +31,7 @@ from ddgen.config import (
 )
 from ddgen.data import check_class_order
 from ddgen.diffusion.generator import Generator, check_sampling, load_generator
+from ddgen.diffusion.pipeline import Schedule
 from ddgen.distill.dataset import DistilledDataset
 from ddgen.distill.pool import CandidatePool
 from ddgen.distill.relabel import soft_labels
@@ -59,7 +60,8 @@ def sample(config: SampleConfig) -> int:
         guidance_interval=config.guidance_interval,
         sampler=config.sampler,
     )
-    check_sampling(generator.sampling, generator.scheduler.config.num_train_timesteps)
+    schedule = Schedule.of(generator.scheduler)
+    check_sampling(generator.sampling, schedule.prediction_type, len(schedule.times))
     observer = Observer.load(config.observer or run_dir / "observer", generator.class_names)
     if observer.accuracy is None:
         observer.accuracy = held_out_accuracy(observer, run_config.data, accelerator, precision)

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
-from torch import Tensor
-from torch.nn import functional as F
 
 from ddgen.autoencoder import autoencoder as autoencoders
 from ddgen.autoencoder.autoencoder import Autoencoder
@@ -36,13 +32,15 @@ from ddgen.config import (
     to_flat_dict,
     write_yaml,
 )
-from ddgen.data import ImageDataset
+from ddgen.data import ImageDataset, split_holdout
 from ddgen.diffusion.generator import Generator, save_generator
 from ddgen.diffusion.training import Stopped, train_diffusion
 from ddgen.errors import UserError
 from ddgen.evaluation.curve import best_point
-from ddgen.evaluation.extractors import choose_extractor
+from ddgen.evaluation.extractors import Extractor, choose_extractor, observer_extractor
+from ddgen.evaluation.reconstruction import report_reconstruction
 from ddgen.observer.observer import Observer
+from ddgen.observer.perceptual import PerceptualLoss
 from ddgen.observer.realism import check_observer
 from ddgen.observer.training import train_observer
 
@@ -65,9 +63,12 @@ def train(config: TrainConfig) -> int:
     accelerator.wait_for_everyone()
     say(f"{dataset.name}: {len(dataset):,} training images, {dataset.num_classes} classes, {dataset.image_size} px")
 
-    observer = _observer_of_run(config, given, dataset, output_dir / "observer", accelerator, precision)
+    observer = observer_of_run(config, given, dataset, output_dir / "observer", accelerator, precision)
     say(f"observer: {observer.network}, {observer.accuracy:.1%} on held-out real images")
-    autoencoder, latents = _autoencoder_of_run(config, given, dataset, observer, output_dir, accelerator, precision)
+    autoencoder, latents = autoencoder_of_run(config, given, dataset, observer, output_dir, accelerator, precision)
+    if accelerator.is_main_process and not (output_dir / "reconstruction.json").is_file():
+        say(_reconstruction(config, dataset, autoencoder, observer, extractor, output_dir, precision))
+    accelerator.wait_for_everyone()
 
     monitor, fid_every = None, 0
     if config.monitor.fid_every != 0:
@@ -147,7 +148,7 @@ def _write_run_facts(config: TrainConfig, dataset: ImageDataset, output_dir: Pat
     write_json(output_dir / "dataset.json", facts)
 
 
-def _observer_of_run(
+def observer_of_run(
     config: TrainConfig, given: Given, dataset: ImageDataset, path: Path, accelerator: Accelerator, precision: str
 ) -> Observer:
     """Loads the observer that the run already has, or takes the one that was given; otherwise trains one."""
@@ -192,7 +193,7 @@ def _train_observer(
     return Observer.load(path, dataset.class_names).to(accelerator.device)
 
 
-def _autoencoder_of_run(
+def autoencoder_of_run(
     config: TrainConfig,
     given: Given,
     dataset: ImageDataset,
@@ -217,10 +218,11 @@ def _autoencoder_of_run(
                 precision=precision,
                 seed=config.run.seed,
                 flip=config.data.may_flip,
-                perceptual=_perceptual_loss(observer) if config.autoencoder.vae_perceptual_weight else None,
+                perceptual=PerceptualLoss(observer) if config.autoencoder.vae_perceptual_weight else None,
             )
         floor = f" (patch PCA {report['psnr_pca']:.2f})" if "psnr_pca" in report else ""
-        accelerator.print(f"autoencoder: {report['psnr']:.2f} dB on held-out images{floor}")
+        if config.autoencoder.space == "latent":
+            accelerator.print(f"autoencoder: {report['psnr']:.2f} dB on held-out images{floor}")
         if accelerator.is_main_process:
             autoencoders.save(autoencoder, path, **report)
         accelerator.wait_for_everyone()
@@ -235,14 +237,20 @@ def _autoencoder_of_run(
         )
 
 
-def _perceptual_loss(observer: Observer) -> Callable[[Tensor, Tensor], Tensor]:
-    def loss(restored: Tensor, original: Tensor) -> Tensor:
-        with torch.no_grad():
-            wanted = F.normalize(observer.features((original + 1) / 2), dim=1)
-        found = F.normalize(observer.features((restored + 1) / 2), dim=1)
-        return (found - wanted).square().sum(1).mean()
-
-    return loss
+def _reconstruction(
+    config: TrainConfig,
+    dataset: ImageDataset,
+    autoencoder: Autoencoder,
+    observer: Observer,
+    extractor: Extractor | None,
+    output_dir: Path,
+    precision: str,
+) -> str:
+    if config.autoencoder.space == "pixel":
+        return "autoencoder: none, pixels are diffused"
+    _, held_out = split_holdout(dataset, config.observer.observer_holdout, config.run.seed)
+    features = extractor or observer_extractor(observer)
+    return report_reconstruction(autoencoder, dataset, held_out, observer, features, output_dir, precision=precision)
 
 
 def _tracker_config(config: TrainConfig) -> dict[str, Any]:

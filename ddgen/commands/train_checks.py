@@ -8,8 +8,9 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from ddgen.autoencoder import autoencoder as autoencoders
-from ddgen.autoencoder.autoencoder import Autoencoder, check_fits, to_images
+from ddgen.autoencoder.autoencoder import Autoencoder, check_fits, identity, to_images
 from ddgen.autoencoder.training import build as build_autoencoder
+from ddgen.autoencoder.training import check_space
 from ddgen.checkpoint import latest_checkpoint
 from ddgen.commands.runs import (
     RUNS_DIR,
@@ -17,12 +18,14 @@ from ddgen.commands.runs import (
     read_run_config,
 )
 from ddgen.config import (
+    AutoencoderConfig,
     ObserverConfig,
     TrainConfig,
     to_flat_dict,
 )
 from ddgen.data import ImageDataset
 from ddgen.diffusion.generator import check_sampling
+from ddgen.diffusion.objective import build_scheduler
 from ddgen.diffusion.training import micro_batches
 from ddgen.diffusion.unet import build_unet
 from ddgen.errors import UserError
@@ -88,10 +91,16 @@ def check_training(config: TrainConfig, dataset: ImageDataset, accelerator: Acce
     """Finds settings that cannot be honoured before anything is trained or written."""
     processes, optim = accelerator.num_processes, config.optimizer
     micro_batches(optim.train_batch_size, optim.gradient_accumulation_steps, accelerator)
-    check_sampling(config.guidance)
-    check_sampling(replace(config.guidance, num_inference_steps=config.monitor.fid_num_inference_steps))
+    build_scheduler(config.denoiser)
+    for steps in (config.guidance.num_inference_steps, config.monitor.fid_num_inference_steps):
+        check_sampling(replace(config.guidance, num_inference_steps=steps), config.denoiser.prediction_type)
     autoencoder = None
-    if config.autoencoder.vae is not None:
+    if optim.posthoc_ema_stds and config.monitor.fid_every == 0:
+        raise UserError("--posthoc_ema_stds: widths are chosen by their FD; set --fid_every, or leave them out")
+    check_space(config.autoencoder)
+    if config.autoencoder.space == "pixel":
+        autoencoder = identity(accelerator.device, precision)
+    elif config.autoencoder.vae is not None:
         autoencoder = autoencoders.load_pretrained(config.autoencoder.vae, accelerator.device, precision)
         check_fits(autoencoder, config.autoencoder.vae, dataset.pixels[:2])
     elif config.autoencoder.vae_batch_size % processes:
@@ -117,6 +126,10 @@ def _latent_shape(config: TrainConfig, given: Autoencoder | None, dataset: Image
     return vae.config.latent_channels, dataset.image_size // vae.config.downsample
 
 
+def _origin(config: AutoencoderConfig) -> str:
+    return "none, pixels are diffused" if config.space == "pixel" else config.vae or "trained from patch PCA"
+
+
 def describe_training(
     config: TrainConfig,
     dataset: ImageDataset,
@@ -135,7 +148,7 @@ def describe_training(
             "dry run: the settings and the data are fine; nothing was written",
             f"  data         {dataset.name}, {len(dataset):,} images, {dataset.num_classes} classes, {size}",
             f"  observer     {config.observer.observer or config.observer.observer_network}",
-            f"  autoencoder  {config.autoencoder.vae or 'trained from patch PCA'}, latents {d} x {side} x {side}",
+            f"  autoencoder  {_origin(config.autoencoder)}, latents {d} x {side} x {side}",
             f"  denoiser     {sum(p.numel() for p in unet.parameters()) / 1e6:.1f}M parameters",
             f"  training     {optim.max_train_steps:,} steps of {optim.train_batch_size} images, {epochs:.1f} epochs",
             f"  device       {accelerator.device}, {accelerator.num_processes} process(es), precision {precision}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,19 +11,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from torch import Tensor, nn
 
-from ddgen.autoencoder import patch_autoencoder
-from ddgen.autoencoder.autoencoder import Autoencoder, load_pretrained, to_pixels
-from ddgen.autoencoder.patch_autoencoder import PatchAutoencoderKL
+from ddgen.autoencoder.autoencoder import OWN, Autoencoder, load_pretrained, to_pixels
 from ddgen.checkpoint import atomic_dir, read_json, write_json
 from ddgen.config import GuidanceConfig
 from ddgen.diffusion import pipeline
-from ddgen.diffusion.pipeline import guide, solve
+from ddgen.diffusion.pipeline import Schedule, guide, solve
 from ddgen.errors import UserError
 from ddgen.precision import autocast, memory_format
 from ddgen.seeds import torch_generator
+
+SCHEDULERS = {kind.__name__: kind for kind in (DDIMScheduler, FlowMatchEulerDiscreteScheduler)}
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Generator:
 
     unet: Any
     autoencoder: Autoencoder
-    scheduler: DDIMScheduler
+    scheduler: DDIMScheduler | FlowMatchEulerDiscreteScheduler
     class_names: tuple[str, ...]
     image_size: int
     sampling: GuidanceConfig
@@ -76,7 +77,7 @@ class Generator:
             config.num_class_embeds - 1,
             settings.guidance_scale,
             settings.guidance_interval,
-            self.scheduler.config.num_train_timesteps,
+            Schedule.of(self.scheduler),
         )
         with autocast(device, self.precision):
             latents = solve(denoise, noise.to(device), self.scheduler, settings.num_inference_steps, settings.sampler)
@@ -92,7 +93,7 @@ class Generator:
         return digest.hexdigest()[:32]
 
 
-def check_sampling(sampling: GuidanceConfig, num_train_timesteps: int = 1000) -> None:
+def check_sampling(sampling: GuidanceConfig, prediction_type: str, num_train_timesteps: int = 1000) -> None:
     """Refuses settings that no sampler can honour.
 
     Raises:
@@ -101,7 +102,8 @@ def check_sampling(sampling: GuidanceConfig, num_train_timesteps: int = 1000) ->
     steps = sampling.num_inference_steps
     if not 1 <= steps <= num_train_timesteps:
         raise UserError(f"--num_inference_steps {steps}: give 1 to {num_train_timesteps}")
-    if sampling.sampler == "unipc" and len(np.arange(num_train_timesteps, 0, -num_train_timesteps / steps)) != steps:
+    trailing = np.arange(num_train_timesteps, 0, -num_train_timesteps / steps)
+    if sampling.sampler == "unipc" and prediction_type != "flow_prediction" and len(trailing) != steps:
         raise UserError(f"--num_inference_steps {steps}: diffusers' unipc cannot take exactly so many; try {steps + 1}")
     low, high = sampling.guidance_interval
     if low > high:
@@ -118,12 +120,12 @@ def save_generator(generator: Generator, path: Path, card: str, *, replace_exist
         replace_existing: Take the place of an older one.
     """
     vae: nn.Module = generator.autoencoder.vae
-    own = isinstance(vae, PatchAutoencoderKL)
+    own = Path(inspect.getfile(type(vae))) if type(vae).__name__ in OWN else None
     index = {
         "_class_name": ["pipeline", "LatentDiffusionPipeline"],
         "_diffusers_version": __import__("diffusers").__version__,
         "unet": ["diffusers", "UNet2DModel"],
-        "vae": ["patch_autoencoder" if own else "diffusers", type(vae).__name__],
+        "vae": [own.stem if own else "diffusers", type(vae).__name__],
         "scheduler": ["diffusers", type(generator.scheduler).__name__],
         "latents_mean": generator.autoencoder.latents_mean.flatten().tolist(),
         "latents_std": generator.autoencoder.latents_std.flatten().tolist(),
@@ -142,7 +144,7 @@ def save_generator(generator: Generator, path: Path, card: str, *, replace_exist
         generator.scheduler.save_pretrained(temporary / "scheduler")
         shutil.copy(pipeline.__file__, temporary / "pipeline.py")
         if own:
-            shutil.copy(patch_autoencoder.__file__, temporary / "vae" / "patch_autoencoder.py")
+            shutil.copy(own, temporary / "vae")
         (temporary / "README.md").write_text(card, encoding="utf-8")
         write_json(temporary / "model_index.json", index)
 
@@ -165,7 +167,7 @@ def load_generator(path: Path, device: torch.device, precision: str) -> Generato
     return Generator(
         unet=unet.to(device, memory_format=memory_format(device, precision)).eval().requires_grad_(False),
         autoencoder=load_pretrained(str(path / "vae"), device, precision).with_statistics(*statistics),
-        scheduler=DDIMScheduler.from_pretrained(path / "scheduler"),
+        scheduler=SCHEDULERS[index["scheduler"][1]].from_pretrained(path / "scheduler"),
         class_names=tuple(index["class_names"]),
         image_size=index["image_size"],
         sampling=GuidanceConfig(**sampling | {"guidance_interval": tuple(sampling["guidance_interval"])}),

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddgen.config import DenoiserConfig, OptimizerConfig
+from ddgen.diffusion.pipeline import Schedule
+from ddgen.errors import UserError
 from ddgen.precision import autocast
 from ddgen.seeds import torch_generator
 
@@ -41,12 +43,30 @@ class Draws:
         return Draws(*(getattr(self, name).to(device, non_blocking=True) for name in self.__dataclass_fields__))
 
 
-def build_scheduler() -> DDIMScheduler:
-    """Returns the cosine variance-preserving schedule (Nichol & Dhariwal 2021, eq. 17), 1000 timesteps."""
+def build_scheduler(config: DenoiserConfig) -> DDIMScheduler | FlowMatchEulerDiscreteScheduler:
+    """Returns the training schedule, 1000 timesteps, as the diffusers scheduler that is saved with the weights.
+
+    - v_prediction: cosine (Nichol & Dhariwal 2021, eq. 17).
+    - epsilon: Stable Diffusion's "scaled linear" (Rombach et al. 2022). Its last alpha is 0.07; the cosine's is 5e-5,
+      where x0 would be the error in the noise times 20,000.
+    - flow_prediction: rectified flow, x = (1 - t) x0 + t noise (Liu et al. 2023; Lipman et al. 2023).
+
+    Raises:
+        UserError: --flow_shift without rectified flow.
+    """
+    if config.prediction_type == "flow_prediction":
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=config.flow_shift)
+    if config.flow_shift != 1:
+        raise UserError(
+            f"--flow_shift {config.flow_shift}: only for --prediction_type flow_prediction; --logit_mean moves the"
+            " training timesteps of the others"
+        )
+    epsilon = config.prediction_type == "epsilon"
+    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
     return DDIMScheduler(
         num_train_timesteps=1000,
-        beta_schedule="squaredcos_cap_v2",
-        prediction_type="v_prediction",
+        **(betas if epsilon else {"beta_schedule": "squaredcos_cap_v2"}),
+        prediction_type=config.prediction_type,
         clip_sample=False,
         set_alpha_to_one=True,
         timestep_spacing="trailing",
@@ -70,28 +90,34 @@ def draw(config: DenoiserConfig, seed: int, step: int, shape: tuple[int, ...], n
     )
 
 
-def add_noise(latents: Tensor, noise: Tensor, alpha_cumprod: Tensor) -> Tensor:
-    """Returns alpha x0 + sigma noise in float32; `alpha_cumprod` is (b,)."""
-    a = alpha_cumprod.reshape(-1, 1, 1, 1)
-    return a.sqrt() * latents + (1 - a).sqrt() * noise
+def add_noise(latents: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """Returns alpha x0 + sigma noise in float32; `alpha` and `sigma` are (b,)."""
+    return alpha.reshape(-1, 1, 1, 1) * latents + sigma.reshape(-1, 1, 1, 1) * noise
 
 
-def velocity(latents: Tensor, noise: Tensor, alpha_cumprod: Tensor) -> Tensor:
-    """Returns what the denoiser should output for ``add_noise(latents, noise, alpha_cumprod)``: alpha noise - sigma x0.
+def target(latents: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: str) -> Tensor:
+    """Returns what the denoiser should output for ``add_noise(latents, noise, alpha, sigma)``.
 
-    Source: Salimans & Ho 2022, "Progressive Distillation", appendix D. Predicting the noise itself is no option here:
-    at the last timestep of the cosine schedule alpha is 5e-5, and x0 would be its error times 20,000.
+    Source: Salimans & Ho 2022, "Progressive Distillation", appendix D (v_prediction: alpha noise - sigma x0); Ho et al.
+    2020, eq. 14 (epsilon: the noise); Liu et al. 2023, "Flow Straight and Fast", eq. 1 (flow_prediction: noise - x0).
     """
-    a = alpha_cumprod.reshape(-1, 1, 1, 1)
-    return a.sqrt() * noise - (1 - a).sqrt() * latents
+    if prediction_type == "v_prediction":
+        return alpha.reshape(-1, 1, 1, 1) * noise - sigma.reshape(-1, 1, 1, 1) * latents
+    return noise - latents if prediction_type == "flow_prediction" else noise
 
 
-def loss_weights(alpha_cumprod: Tensor, snr_gamma: float | None) -> Tensor:
-    """Returns the weight of each sample's loss, (b,): one, or min-SNR for v-prediction (Hang et al. 2023, sec. 3.4)."""
+def loss_weights(alpha: Tensor, sigma: Tensor, prediction_type: str, snr_gamma: float | None) -> Tensor:
+    """Returns the weight of each sample's loss, (b,): one, or min-SNR (Hang et al. 2023, sec. 3.4).
+
+    Min-SNR weighs the squared error of x0 by min(SNR, gamma), SNR = (alpha / sigma)^2. That error is (sigma / alpha)^2
+    times the noise's, and sigma^2 times the velocity's, in rectified flow too.
+    """
     if snr_gamma is None:
-        return torch.ones_like(alpha_cumprod)
-    snr = alpha_cumprod / (1 - alpha_cumprod)
-    return snr.clamp(max=snr_gamma) / (snr + 1)
+        return torch.ones_like(alpha)
+    snr = (alpha / sigma).square()
+    if prediction_type == "epsilon":
+        return (snr_gamma / snr).clamp(max=1)
+    return sigma.square() * snr.clamp(max=snr_gamma)
 
 
 @dataclass(frozen=True)
@@ -100,13 +126,13 @@ class DiffusionLoss:
 
     Attributes:
         config: Settings of the objective.
-        alphas_cumprod: Of the training schedule, (num_timesteps,), on the device.
+        schedule: Of training, float32, on the device.
         null_label: Class that stands for "no class".
         precision: Autocast precision of the network, resolved.
     """
 
     config: DenoiserConfig
-    alphas_cumprod: Tensor
+    schedule: Schedule
     null_label: int
     precision: str
 
@@ -114,19 +140,20 @@ class DiffusionLoss:
         """Returns the mean loss, a scalar.
 
         Args:
-            unet: Maps (noisy latents, timesteps, labels) to an output with ``sample``.
+            unet: Maps (noisy latents, times, labels) to an output with ``sample``.
             latents: Standardised, float32 (b, d, h, w).
             labels: int64 (b,).
             draws: The randomness of this batch, on the device.
         """
-        alpha = self.alphas_cumprod[draws.timesteps]
-        noisy = add_noise(latents, draws.noise, alpha)
+        alpha, sigma = self.schedule.alphas[draws.timesteps], self.schedule.sigmas[draws.timesteps]
+        noisy = add_noise(latents, draws.noise, alpha, sigma)
         kept = torch.where(draws.dropped, self.null_label, labels)
         with autocast(latents.device, self.precision):
-            output = unet(noisy, draws.timesteps, kept).sample
-        wanted = velocity(latents, draws.noise, alpha)
+            output = unet(noisy, self.schedule.times[draws.timesteps], kept).sample
+        kind = self.schedule.prediction_type
+        wanted = target(latents, draws.noise, alpha, sigma, kind)
         error = F.mse_loss(output.float(), wanted, reduction="none").mean((1, 2, 3))
-        return (loss_weights(alpha, self.config.snr_gamma) * error).mean()
+        return (loss_weights(alpha, sigma, kind, self.config.snr_gamma) * error).mean()
 
 
 def learning_rate(optim: OptimizerConfig, step: int) -> float:

@@ -8,6 +8,7 @@ images = pipe(class_labels=[0, 1, 2]).images
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,48 @@ import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, ImagePipelineOutput, UniPCMultistepScheduler
 from torch import Tensor
 
-Denoise = Callable[[Tensor, int], Tensor]
+Denoise = Callable[[Tensor, float], Tensor]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Training timesteps, from the cleanest, of ``x = alpha x0 + sigma noise``.
+
+    Attributes:
+        alphas: float64 (num_timesteps,).
+        sigmas: float64 (num_timesteps,).
+        times: What the UNet is told at each timestep, float64 (num_timesteps,), as diffusers counts: 0 to 999 for a
+            variance-preserving schedule, 1000 sigma for rectified flow.
+        prediction_type: What the UNet's output means: "v_prediction", "epsilon" or "flow_prediction".
+    """
+
+    alphas: Tensor
+    sigmas: Tensor
+    times: Tensor
+    prediction_type: str
+
+    @classmethod
+    def of(cls, scheduler: Any) -> Schedule:
+        """Reads the schedule out of diffusers' DDIMScheduler or FlowMatchEulerDiscreteScheduler."""
+        if hasattr(scheduler, "alphas_cumprod"):
+            a = scheduler.alphas_cumprod.cpu().double()
+            times = torch.arange(len(a), dtype=torch.float64)
+            return cls(a.sqrt(), (1 - a).sqrt(), times, scheduler.config.prediction_type)
+        u = torch.arange(1, scheduler.config.num_train_timesteps + 1, dtype=torch.float64) / (
+            scheduler.config.num_train_timesteps
+        )
+        shift = scheduler.config.shift  # Esser et al. 2024, eq. 23
+        sigmas = shift * u / (1 + (shift - 1) * u)
+        return cls(1 - sigmas, sigmas, sigmas * len(u), "flow_prediction")
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Schedule:
+        """Returns the schedule as tensors of another kind."""
+        tables = {name: getattr(self, name).to(device, dtype) for name in ("alphas", "sigmas", "times")}
+        return replace(self, **tables)
+
+    def level(self, time: float) -> float:
+        """Returns the noise level of a time of the UNet: the schedule's own time, above 0, clean, to 1, noise."""
+        return (time + (self.prediction_type != "flow_prediction")) / len(self.times)
 
 
 def ddim_timesteps(num_train_timesteps: int, num_inference_steps: int) -> list[int]:
@@ -35,37 +77,38 @@ def to_x0_and_noise(
 ) -> tuple[Tensor, Tensor]:
     """Converts a UNet's output at latents `x` = alpha x0 + sigma noise to estimates of x0 and noise.
 
-    Source: Salimans & Ho 2022, "Progressive Distillation", appendix D (v = alpha noise - sigma x0).
+    Source: Salimans & Ho 2022, "Progressive Distillation", appendix D (v = alpha noise - sigma x0); Liu et al. 2023,
+    "Flow Straight and Fast", eq. 1 (noise - x0, with alpha = 1 - sigma).
     """
     if prediction_type == "v_prediction":
         return alpha * x - sigma * output, sigma * x + alpha * output
+    if prediction_type == "flow_prediction":
+        return x - sigma * output, x + alpha * output
     return (x - sigma * output) / alpha, output
 
 
-def ddim(
-    denoise: Denoise, latents: Tensor, alphas_cumprod: Tensor, num_inference_steps: int, prediction_type: str
-) -> Tensor:
+def ddim(denoise: Denoise, latents: Tensor, schedule: Schedule, num_inference_steps: int) -> Tensor:
     """Deterministic DDIM (Song et al. 2021, eq. 12 with eta 0), from noise to the last, noiseless, step.
 
+    For rectified flow the same step is Euler's: (1 - s) x0 + s noise = x + (s - sigma) (noise - x0).
+
     Args:
-        denoise: Maps (latents, timestep) to the UNet's output.
+        denoise: Maps (latents, time) to the UNet's output.
         latents: Standard normal noise, (b, d, h, w).
-        alphas_cumprod: Cumulative alphas of the training schedule, (num_train_timesteps,).
-        num_inference_steps: Steps, 1 to num_train_timesteps.
-        prediction_type: "v_prediction" or "epsilon".
+        schedule: Of training.
+        num_inference_steps: Steps, 1 to the number of training timesteps.
 
     Returns:
         Latents, (b, d, h, w).
     """
-    alphas_cumprod = alphas_cumprod.to(latents.device, torch.float64)
-    timesteps = ddim_timesteps(len(alphas_cumprod), num_inference_steps)
+    table = schedule.to(latents.device, latents.dtype)
+    timesteps = ddim_timesteps(len(schedule.times), num_inference_steps)
     for now, after in zip(timesteps, [*timesteps[1:], None], strict=True):
-        alpha, sigma = (v.sqrt().to(latents.dtype) for v in (alphas_cumprod[now], 1 - alphas_cumprod[now]))
-        x0, noise = to_x0_and_noise(denoise(latents, now), latents, alpha, sigma, prediction_type)
+        output = denoise(latents, float(schedule.times[now]))
+        x0, noise = to_x0_and_noise(output, latents, table.alphas[now], table.sigmas[now], schedule.prediction_type)
         if after is None:
             return x0
-        alpha, sigma = (v.sqrt().to(latents.dtype) for v in (alphas_cumprod[after], 1 - alphas_cumprod[after]))
-        latents = alpha * x0 + sigma * noise
+        latents = table.alphas[after] * x0 + table.sigmas[after] * noise
     return latents
 
 
@@ -75,7 +118,7 @@ def guide(
     null_label: int,
     guidance_scale: float,
     guidance_interval: tuple[float, float],
-    num_train_timesteps: int,
+    schedule: Schedule,
 ) -> Denoise:
     """Returns a denoiser with classifier-free guidance (Ho & Salimans 2022, eq. 6, w = guidance_scale - 1).
 
@@ -83,24 +126,23 @@ def guide(
     (Kynkäänniemi et al. 2024, "Applying Guidance in a Limited Interval").
 
     Args:
-        unet: Maps (latents, timesteps, class labels) to an output with ``sample``.
+        unet: Maps (latents, times, class labels) to an output with ``sample``.
         class_labels: int64 (b,).
         null_label: Index of the null class.
         guidance_scale: 1 is no guidance.
-        guidance_interval: Lowest and highest noise level, as timestep / num_train_timesteps, in which to guide.
-        num_train_timesteps: Of the training schedule.
+        guidance_interval: Lowest and highest noise level, in the schedule's time, in which to guide.
+        schedule: Of training.
     """
     null_labels = torch.full_like(class_labels, null_label)
     low, high = guidance_interval
 
-    def denoise(latents: Tensor, timestep: int) -> Tensor:
-        level = (timestep + 1) / num_train_timesteps
+    def denoise(latents: Tensor, time: float) -> Tensor:
         latents = latents.to(getattr(unet, "dtype", latents.dtype))
-        if guidance_scale == 1 or not low <= level <= high:
-            time = torch.full(class_labels.shape, timestep, device=latents.device)
-            return unet(latents, time, class_labels).sample.float()
-        time = torch.full((2 * len(class_labels),), timestep, device=latents.device)
-        both = unet(torch.cat([latents, latents]), time, torch.cat([class_labels, null_labels])).sample.float()
+        if guidance_scale == 1 or not low <= schedule.level(time) <= high:
+            times = torch.full(class_labels.shape, time, device=latents.device)
+            return unet(latents, times, class_labels).sample.float()
+        times = torch.full((2 * len(class_labels),), time, device=latents.device)
+        both = unet(torch.cat([latents, latents]), times, torch.cat([class_labels, null_labels])).sample.float()
         conditional, unconditional = both.chunk(2)
         return unconditional + guidance_scale * (conditional - unconditional)
 
@@ -111,40 +153,45 @@ def solve(denoise: Denoise, latents: Tensor, scheduler: Any, num_inference_steps
     """Runs one of the samplers from noise to latents; "ddim", or diffusers' "dpmsolver++" (2M) or "unipc".
 
     Args:
-        denoise: Maps (latents, timestep) to the UNet's output.
+        denoise: Maps (latents, time) to the UNet's output.
         latents: Standard normal noise, (b, d, h, w).
-        scheduler: A diffusers scheduler that holds the training schedule.
+        scheduler: The diffusers scheduler that holds the training schedule.
         num_inference_steps: Steps.
         sampler: Name of the solver.
 
     Raises:
         ValueError: An unknown solver.
     """
-    prediction_type = scheduler.config.prediction_type
+    schedule = Schedule.of(scheduler)
     if sampler == "ddim":
-        return ddim(denoise, latents, scheduler.alphas_cumprod, num_inference_steps, prediction_type)
+        return ddim(denoise, latents, schedule, num_inference_steps)
     kinds = {"dpmsolver++": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}
     if sampler not in kinds:
         raise ValueError(f"sampler {sampler}: unknown; one of ddim, {', '.join(kinds)}")
+    flow = schedule.prediction_type == "flow_prediction"
+    of_training = ("shift",) if flow else ("beta_schedule", "beta_start", "beta_end")
     solver = kinds[sampler].from_config(
         {
             "num_train_timesteps": scheduler.config.num_train_timesteps,
-            "beta_schedule": scheduler.config.beta_schedule,
-            "prediction_type": prediction_type,
+            "prediction_type": schedule.prediction_type,
             "timestep_spacing": "trailing",
             "solver_order": 2,
             "final_sigmas_type": "zero",
+            "use_flow_sigmas": flow,
+            **{("flow_shift" if name == "shift" else name): scheduler.config[name] for name in of_training},
         }
     )
-    if sampler == "dpmsolver++":
+    if sampler == "dpmsolver++" and not flow:
         timesteps = ddim_timesteps(scheduler.config.num_train_timesteps, num_inference_steps)
         solver.set_timesteps(timesteps=timesteps, device=latents.device)
     else:
         solver.set_timesteps(num_inference_steps, device=latents.device)
     if len(solver.timesteps) != num_inference_steps:  # diffusers' rounding: one step too many, at a negative timestep
         raise ValueError(f"sampler {sampler}: diffusers cannot take exactly {num_inference_steps} steps; try one more")
-    for timestep in solver.timesteps:
-        latents = solver.step(denoise(latents, int(timestep)), timestep, latents, return_dict=False)[0]
+    for step, timestep in enumerate(solver.timesteps):
+        # diffusers cuts a flow's timesteps down to whole numbers; the UNet is told the exact noise level
+        time = float(solver.sigmas[step]) * len(schedule.times) if flow else float(timestep)
+        latents = solver.step(denoise(latents, time), timestep, latents, return_dict=False)[0]
     return latents
 
 
@@ -201,7 +248,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             self.unet.config.num_class_embeds - 1,
             settings["guidance_scale"],
             tuple(settings["guidance_interval"]),
-            self.scheduler.config.num_train_timesteps,
+            Schedule.of(self.scheduler),
         )
         return solve(denoise, noise, self.scheduler, settings["num_inference_steps"], settings["sampler"])
 
@@ -232,7 +279,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             class_labels: Class indices or names.
             num_inference_steps: Steps of the sampler.
             guidance_scale: Classifier-free guidance; 1 is none.
-            guidance_interval: Noise levels in which it acts.
+            guidance_interval: Noise levels, in the schedule's time from 0, clean, to 1, noise, in which it acts.
             sampler: "ddim", "dpmsolver++" or "unipc".
             generator: One for all images, or one for each.
             output_type: "pil", "np" (b, h, w, 3) in [0, 1], "pt" (b, 3, h, w) in [0, 1], or "latent".

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm import tqdm
 
@@ -18,6 +19,7 @@ from ddgen.checkpoint import latest_checkpoint, write_bytes
 from ddgen.config import TrainConfig
 from ddgen.diffusion.generator import Generator
 from ddgen.diffusion.objective import learning_rate
+from ddgen.diffusion.posthoc import Snapshots, take_weights
 from ddgen.diffusion.run import TrainingRun
 from ddgen.errors import UserError
 from ddgen.grids import image_grid
@@ -146,11 +148,9 @@ class Report:
     def _measure_distance(self) -> None:
         values: dict[str, float] = {}
         for std in self.run.ema.averages:
-            pixels, labels = self._sample_for_distance(self.generator(std))
-            if not self.accelerator.is_main_process:
+            measured = self._distances_of(self.generator(std))
+            if not measured:
                 continue
-            assert self.monitor is not None
-            measured = self.monitor(pixels, labels)
             metric, distance = next(iter(measured.items()))
             self.run.add_distance(metric, std, self.run.step, distance)
             values |= {f"{name}/ema_{std}": value for name, value in measured.items()}
@@ -170,6 +170,42 @@ class Report:
         ]
         distance, step, std = min(points)
         return {f"best/{self.run.metric}": distance, "best/step": step, "best/ema_std": std}
+
+    def choose_width(self, snapshots: Snapshots, tracked: float) -> Generator:
+        """Measures averages of other widths, put together from snapshots, and returns the generator of the best.
+
+        Args:
+            snapshots: Of the whole training.
+            tracked: The best of the tracked averages.
+        """
+        main = self.accelerator.is_main_process
+        found = {tracked: self.run.distances[f"ema_{tracked}"][-1][1]} if main else {}
+        for std in self.config.optimizer.posthoc_ema_stds:
+            if std in self.run.ema.averages:
+                continue
+            measured = self._distances_of(self._posthoc(snapshots, std))
+            if main:
+                found[std] = next(iter(measured.values()))
+                self._write({f"{name}/posthoc_{std}": value for name, value in measured.items()})
+        best = [min(found, key=found.__getitem__) if main else tracked]
+        broadcast_object_list(best)
+        if main:
+            text = ", ".join(f"{std} {value:.3f}" for std, value in sorted(found.items()))
+            self.bar.write(f"width of the average: {text}; chosen {best[0]}")
+        return self.generator(tracked) if best[0] == tracked else self._posthoc(snapshots, best[0])
+
+    def _posthoc(self, snapshots: Snapshots, std: float) -> Generator:
+        weights = snapshots.average(std, self.run.step) if self.accelerator.is_main_process else None
+        take_weights(self.sampled.unet, weights, self.accelerator.num_processes)
+        return self.sampled
+
+    def _distances_of(self, generator: Generator) -> dict[str, float]:
+        """Returns named distances of generated from real images; nothing but on the main process."""
+        pixels, labels = self._sample_for_distance(generator)
+        if not self.accelerator.is_main_process:
+            return {}
+        assert self.monitor is not None
+        return self.monitor(pixels, labels)
 
     def _sample_for_distance(self, generator: Generator) -> tuple[Tensor, Tensor]:
         """Generates the images of one point of the curve, the work shared among the processes, and their classes."""

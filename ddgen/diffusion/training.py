@@ -19,6 +19,8 @@ from ddgen.checkpoint import latest_checkpoint, prune_checkpoints
 from ddgen.config import TrainConfig
 from ddgen.diffusion.generator import Generator
 from ddgen.diffusion.objective import DiffusionLoss, build_scheduler, draw, learning_rate
+from ddgen.diffusion.pipeline import Schedule
+from ddgen.diffusion.posthoc import Snapshots
 from ddgen.diffusion.report import Monitor, Report
 from ddgen.diffusion.run import TrainingRun
 from ddgen.errors import UserError
@@ -86,10 +88,9 @@ def train_diffusion(
     run = TrainingRun.start(
         config, latents, class_names, accelerator=accelerator, precision=precision, output_dir=output_dir
     )
-    scheduler = build_scheduler()
-    objective = DiffusionLoss(
-        config.denoiser, scheduler.alphas_cumprod.to(device), null_label=len(class_names), precision=precision
-    )
+    scheduler = build_scheduler(config.denoiser)
+    schedule = Schedule.of(scheduler).to(device, torch.float32)
+    objective = DiffusionLoss(config.denoiser, schedule, null_label=len(class_names), precision=precision)
     slices = micro_batches(optim.train_batch_size, optim.gradient_accumulation_steps, accelerator)
     shape = (optim.train_batch_size, *latents.mean.shape[2:])
 
@@ -100,6 +101,8 @@ def train_diffusion(
     copied = copy.deepcopy(run.unet).eval().requires_grad_(False)
     sampled = Generator(copied, autoencoder, scheduler, class_names, image_size, config.guidance, precision)
     report = Report(config, run, sampled, accelerator, fid_every, monitor, on_metrics)
+    names = [name for name, _ in run.unet.named_parameters()]
+    snapshots = Snapshots(output_dir / "ema_snapshots", names, optim.ema_stds, optim.max_train_steps)
     unet, optimizer = accelerator.prepare(run.unet, run.optimizer)
     unet.train()
 
@@ -109,7 +112,7 @@ def train_diffusion(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(optim, run.step)
             chosen = torch.from_numpy(batch_indices(seed, "diffusion", run.step * shape[0], shape[0], len(labels)))
-            draws = draw(config.denoiser, seed, run.step, shape, len(objective.alphas_cumprod))
+            draws = draw(config.denoiser, seed, run.step, shape, len(schedule.times))
             total = torch.zeros((), device=device)
             for number, where in enumerate(slices):
                 here = draws.part(where)
@@ -126,6 +129,8 @@ def train_diffusion(
             run.ema.update(run.step)
 
             # --- report and save
+            if optim.posthoc_ema_stds and accelerator.is_main_process:
+                snapshots.save(run.ema, run.step)
             report.after_step(total, norm)
             stop = _any_process(accelerator, stopping.get("signal", 0)) if report.at_boundary() else 0
             if run.step % config.run.checkpointing_steps == 0 or run.step == optim.max_train_steps or stop:
@@ -135,7 +140,8 @@ def train_diffusion(
                 accelerator.wait_for_everyone()
             if stop:
                 raise Stopped(stop, latest_checkpoint(run.checkpoints_dir) or output_dir)
-    return report.generator(best_ema(run.distances, optim.ema_stds))
+    best = best_ema(run.distances, optim.ema_stds)
+    return report.choose_width(snapshots, best) if optim.posthoc_ema_stds else report.generator(best)
 
 
 def best_ema(distances: dict[str, list[tuple[int, float]]], stds: tuple[float, ...]) -> float:

@@ -11,12 +11,14 @@ from torch import nn
 from ddgen.config import DenoiserConfig
 from ddgen.errors import UserError
 
-# preset: widths, residual blocks per resolution, resolutions with attention (0 the finest)
-PRESETS: dict[str, tuple[tuple[int, ...], int, tuple[int, ...]]] = {
-    "xs": ((64, 128, 128), 1, (1, 2)),
-    "s": ((128, 256, 256), 2, (1, 2)),
-    "b": ((192, 384, 576), 2, (1, 2)),
+# preset: widths at up to three resolutions, residual blocks per resolution
+PRESETS: dict[str, tuple[tuple[int, ...], int]] = {
+    "xs": ((64, 128, 128), 1),
+    "s": ((128, 256, 256), 2),
+    "b": ((192, 384, 576), 2),
 }
+COARSEST = 8  # the last width is repeated until the coarsest resolution is this or smaller
+LARGEST_ATTENTION = 16  # attention's cost grows with the fourth power of the side
 
 
 def build_unet(config: DenoiserConfig, *, latent_channels: int, latent_size: int, num_classes: int) -> UNet2DModel:
@@ -25,13 +27,15 @@ def build_unet(config: DenoiserConfig, *, latent_channels: int, latent_size: int
     Raises:
         UserError: Settings that do not fit each other or the latents.
     """
-    channels, layers, attention = PRESETS[config.preset]
-    if config.unet_channels is not None:
-        channels = config.unet_channels
-        attention = tuple(range(1, len(channels))) or (0,)
+    channels, layers = PRESETS[config.preset]
+    while latent_size >> (len(channels) - 1) > COARSEST:
+        channels = (*channels, channels[-1])
+    channels = channels if config.unet_channels is None else config.unet_channels
     layers = layers if config.unet_layers_per_block is None else config.unet_layers_per_block
-    attention = config.unet_attention_levels if config.unet_attention_levels is not None else attention
     levels = len(channels)
+    attention = config.unet_attention_levels
+    if attention is None:
+        attention = tuple(i for i in range(1, levels) if latent_size >> i <= LARGEST_ATTENTION) or (levels - 1,)
     if any(width % 32 for width in channels):
         raise UserError(f"--unet_channels {_text(channels)}: widths must be multiples of 32")
     if latent_size % 2 ** (levels - 1):
