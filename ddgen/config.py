@@ -149,6 +149,12 @@ class OptimizerConfig:
     mixed_precision: Precision | None = None
     """Autocast precision; weights stay float32. Default: what `accelerate launch` was given, otherwise bf16 where the
     hardware is fast at it."""
+    torch_compile: bool | None = None
+    """Compile the denoiser for training, which costs a minute or more at the start. Default: on a GPU."""
+
+    def compiles_on(self, device_type: str) -> bool:
+        """Whether training compiles the denoiser on this type of device."""
+        return device_type == "cuda" if self.torch_compile is None else self.torch_compile
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ def resolve_precision(requested: str | None, device: torch.device) -> str:
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if requested is None and launched not in ("no", *DTYPES):
         raise UserError(f"accelerate's mixed_precision {launched}: not supported; use bf16, fp16 or no")
-    precision = requested or (launched if launched in DTYPES else ("bf16" if _fast_bf16(device) else "no"))
+    precision = requested or (launched if launched in DTYPES else ("bf16" if fast_bf16(device) else "no"))
     if precision == "fp16" and device.type == "cpu":
         raise UserError("--mixed_precision fp16: CPUs silently run float32 instead; use bf16 or no")
     return precision
@@ -43,7 +43,8 @@ def memory_format(device: torch.device, precision: str) -> torch.memory_format:
     return torch.contiguous_format if device.type == "cpu" and precision == "bf16" else torch.channels_last
 
 
-def _fast_bf16(device: torch.device) -> bool:
+def fast_bf16(device: torch.device) -> bool:
+    """Whether a device multiplies matrices in bf16, and does not emulate it."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and torch.cpu._is_amx_tile_supported()

@@ -11,10 +11,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import Dinov2Config, Dinov2Model, ViTImageProcessor
@@ -23,6 +25,8 @@ import evaluate
 import sample
 import train_ldm
 from ddgen import cli
+from ddgen.commands import estimate
+from ddgen.commands.estimate import readable_minutes
 from ddgen.diffusion import objective, report
 from ddgen.distill.dataset import DistilledDataset
 
@@ -59,7 +63,7 @@ def own_run(run_dir: Path, tmp_path: Path) -> Path:
 
 def metrics(path: Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("images_per_second", "tflops")} for line in lines]
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -307,13 +311,6 @@ def test_bf16_is_computed_and_float32_is_stored(
     assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
 
 
-def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_train(tmp_path / "digits", "--dry_run") == 0
-    out = capsys.readouterr().out
-    assert "8 steps of 8 images" in out and "latents 4 x 4 x 4" in out
-    assert not (tmp_path / "digits").exists()
-
-
 def test_the_curve_says_what_it_costs(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One point costs more than the 7 % that eight tiny steps allow, so there is one, at the end."""
     options = [*SMALL[: SMALL.index("--fid_every")], "--fid_num_images", "12", "--fid_num_inference_steps", "3"]
@@ -516,3 +513,70 @@ def test_pixels_are_what_the_files_hold(own_run: Path) -> None:
     with Image.open(folder / "train" / "0" / "00000.png") as image:
         first = np.asarray(image)
     assert np.array_equal(first, dataset.pixels[0].permute(1, 2, 0).numpy())
+
+
+# --- what a run says of itself
+
+
+def test_first_lines_are_the_same_for_a_dry_run_and_a_real_one(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--fid_every", "0", "--max_train_steps", "1", "--observer", str(run_dir / "observer"))
+    assert run_train(tmp_path / "digits", *options, "--dry_run") == 0
+    dry = capsys.readouterr().out.splitlines()
+    assert dry[-1] == "dry run: the settings and the data are fine; nothing was written"
+    assert not (tmp_path / "digits").exists()
+    assert run_train(tmp_path / "digits", *options) == 0
+    out = capsys.readouterr().out.splitlines()
+    start = next(i for i, line in enumerate(dry) if line.startswith("ddgen 0"))
+    names = ["device", "numbers", "data", "observer", "autoencoder", "denoiser", "training", "time", "disk", "output"]
+    assert [line.split()[0] for line in dry[start + 1 : -1]] == [*names, "resume"]
+    same = [line for line in dry[start:-1] if not line.startswith(("time", "disk"))]
+    assert all(line in out for line in same)
+    text = "\n".join(dry)
+    assert "1 thread, 1 process" in text and "3 classes of 1" in text and "latents 4 x 4 x 4" in text
+    assert "1 step of 8 images (1 process x 8 x 1 accumulated)" in text
+    assert re.search(r"^time +about [\d.]+ s: autoencoder [\d.]+ s, denoiser [\d.]+ s$", text, re.MULTILINE)
+    assert out[-2].startswith("peak memory: ") and out[-1].startswith("next: ")
+
+
+def test_model_card_shows_what_was_reached_and_its_pictures(run_dir: Path) -> None:
+    card = (run_dir / "generator" / "README.md").read_text()
+    points = [line for line in metrics(run_dir) if "fd_convnet2_12/ema_0.05" in line]
+    ends = {std: points[-1][f"fd_convnet2_12/ema_{std}"] for std in ("0.05", "0.1")}
+    kept = min(ends, key=ends.__getitem__)
+    assert f"| `fd_convnet2_12` | {ends[kept]:.4g} | 8 |" in card
+    assert f"| `recall_convnet2_12` | {points[-1][f'recall_convnet2_12/ema_{kept}']:.4g} | 8 |" in card
+    lowest = min(value for point in points for name, value in point.items() if name.startswith("fd_"))
+    assert f"Lowest `fd_convnet2_12` of the run: {lowest:.4g} at step " in card
+    assert f"| weights kept | power-function average of relative width {kept} |" in card
+    assert json.loads((run_dir / "dataset.json").read_text())["fingerprint"] in card
+    shown = re.findall(r"!\[[^]]+\]\(([^)]+)\)", card)
+    assert shown[:3] == ["step-00000008.png", "fid_curve.png", "reconstructions.png"]
+    for name in shown:
+        assert (run_dir / "generator" / name).read_bytes() == next(run_dir.rglob(name)).read_bytes()
+    assert yaml.safe_load(card.split("---")[1])["library_name"] == "diffusers"
+    assert "| seed | 0 |" in card and "8 steps of 8 images" in card and "## Limits" in card
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(42.4, "42 s"), (89, "89 s"), (600, "10 min"), (5399, "90 min"), (9000, "2.5 h")]
+)
+def test_times_read_well(seconds: float, text: str) -> None:
+    assert readable_minutes(seconds) == text
+
+
+def test_a_step_is_timed_with_no_more_images_than_a_few_seconds_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(estimate.time, "perf_counter", lambda: clock.now)
+    counts: list[int] = []
+
+    def step(count: int) -> None:
+        counts.append(count)
+        clock.now += 0.5 * count + (100 if len(counts) == 1 else 0)
+
+    assert estimate.seconds_per_image(step, 128, torch.device("cpu")) == pytest.approx(0.5)
+    assert counts == [4, 4, 4, 4]
+    counts.clear()
+    assert estimate.seconds_per_image(lambda count: step(count // 4), 16, torch.device("cpu")) == pytest.approx(0.125)
+    assert counts[-1] == 12 // 4

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import platform
+import shlex
+import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
+import accelerate
+import diffusers
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 
+import ddgen
 from ddgen.config import (
     DataConfig,
     TrainConfig,
@@ -18,6 +24,7 @@ from ddgen.config import (
 )
 from ddgen.data import ImageDataset, load_dataset, native_image_size
 from ddgen.errors import UserError
+from ddgen.hardware import tune
 from ddgen.launch import asked_for_cpu, threads_to_use
 from ddgen.observer.observer import Observer
 from ddgen.observer.realism import measure_accuracy
@@ -49,6 +56,7 @@ def start_accelerator(
     threads = threads_to_use() if device.type == "cpu" else None
     if threads is not None:
         torch.set_num_threads(threads)
+    tune(device)
     precision = resolve_precision(mixed_precision, device)
     accelerator = Accelerator(
         mixed_precision=precision,
@@ -56,8 +64,6 @@ def start_accelerator(
         project_dir=project_dir,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=patience)],
     )
-    if accelerator.num_processes > 1:
-        accelerator.print(f"{accelerator.num_processes} processes")
     return accelerator, precision
 
 
@@ -76,6 +82,18 @@ def dataset_name(data: DataConfig) -> str:
         )
     native_image_size(data.dataset)
     return data.dataset
+
+
+def versions() -> str:
+    """Returns the versions that matter."""
+    ours = f"ddgen {ddgen.__version__}, torch {torch.__version__}, diffusers {diffusers.__version__}"
+    return f"{ours}, accelerate {accelerate.__version__}, Python {platform.python_version()}"
+
+
+def command_line() -> str:
+    """Returns the command that started this process, as a user would type it."""
+    program = Path(sys.argv[0]).name
+    return " ".join(["python", *map(shlex.quote, [program, *sys.argv[1:]])])
 
 
 def find_run(run_dir: str | None) -> tuple[Path, str]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shlex
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +17,7 @@ from torch import Tensor
 
 from ddgen.checkpoint import read_json, remove_dir, write_bytes
 from ddgen.commands.runs import (
+    command_line,
     find_run,
     held_out_accuracy,
     random_generated_path,
@@ -50,6 +49,8 @@ def sample(config: SampleConfig) -> int:
     if output_dir.exists() and not config.overwrite:
         raise UserError(f"--output_dir {output_dir}: exists already; give another, or --overwrite to replace it")
     accelerator, precision = start_accelerator(config.mixed_precision)
+    if accelerator.num_processes > 1:
+        accelerator.print(f"{accelerator.num_processes} processes")
     say = accelerator.print
     say(f"run: {run_dir} ({chosen})")
     clock = _Clock(say)
@@ -190,7 +191,7 @@ def _provenance(
         "licence": real["licence"],
         "num_source_images": real["num_images"],
         "skipped_source_images": real["skipped"],
-        "command": _command_line(),
+        "command": command_line(),
         "seed": config.seed,
         "generator_fingerprint": generator.fingerprint(),
         "observer_fingerprint": observer.fingerprint,
@@ -221,11 +222,6 @@ def _pool_settings(generator: Generator, precision: str, device: torch.device) -
         "precision": precision,
         "device": device.type,
     }
-
-
-def _command_line() -> str:
-    program = Path(sys.argv[0]).name
-    return " ".join(["python", *map(shlex.quote, [program, *sys.argv[1:]])])
 
 
 def _short_hash(settings: dict[str, Any]) -> str:

@@ -15,6 +15,8 @@ from ddgen.autoencoder.autoencoder import Autoencoder
 from ddgen.autoencoder.latents import LatentCache, build_latent_cache
 from ddgen.autoencoder.training import psnr, train_autoencoder
 from ddgen.checkpoint import write_json
+from ddgen.commands.first_lines import first_lines
+from ddgen.commands.model_card import card_pictures, render_model_card
 from ddgen.commands.runs import (
     RUNS_DIR,
     dataset_name,
@@ -22,7 +24,7 @@ from ddgen.commands.runs import (
     load_on_all,
     start_accelerator,
 )
-from ddgen.commands.train_checks import Given, check_training, describe_training, run_folder
+from ddgen.commands.train_checks import Given, check_training, run_folder
 from ddgen.commands.train_curve import draw_curve, fid_every_of_run, monitor_of_run
 from ddgen.config import (
     DataConfig,
@@ -33,12 +35,13 @@ from ddgen.config import (
     write_yaml,
 )
 from ddgen.data import ImageDataset, split_holdout
-from ddgen.diffusion.generator import Generator, save_generator
+from ddgen.diffusion.generator import save_generator
 from ddgen.diffusion.training import Stopped, train_diffusion
 from ddgen.errors import UserError
 from ddgen.evaluation.curve import best_point
 from ddgen.evaluation.extractors import Extractor, choose_extractor, observer_extractor
 from ddgen.evaluation.reconstruction import report_reconstruction
+from ddgen.hardware import peak_memory
 from ddgen.observer.observer import Observer
 from ddgen.observer.perceptual import PerceptualLoss
 from ddgen.observer.realism import check_observer
@@ -55,14 +58,13 @@ def train(config: TrainConfig) -> int:
     extractor = None
     if config.monitor.fid_every != 0 and accelerator.is_main_process:  # what cannot be had is found now
         extractor = choose_extractor(config.monitor.fd_network, config.monitor.inception_weights)
+    say(first_lines(config, dataset, given, output_dir, resume_from, accelerator, precision))
     if config.run.dry_run:
-        say(describe_training(config, dataset, given, output_dir, accelerator, precision))
+        say("dry run: the settings and the data are fine; nothing was written")
         return 0
     if accelerator.is_main_process:
         _write_run_facts(config, dataset, output_dir)
     accelerator.wait_for_everyone()
-    say(f"{dataset.name}: {len(dataset):,} training images, {dataset.num_classes} classes, {dataset.image_size} px")
-
     observer = observer_of_run(config, given, dataset, output_dir / "observer", accelerator, precision)
     say(f"observer: {observer.network}, {observer.accuracy:.1%} on held-out real images")
     autoencoder, latents = autoencoder_of_run(config, given, dataset, observer, output_dir, accelerator, precision)
@@ -98,8 +100,9 @@ def train(config: TrainConfig) -> int:
         accelerator.end_training()
         return 128 + stopped.signal_number
     if accelerator.is_main_process:
-        card = _generator_card(config, dataset, generator)
-        save_generator(generator, output_dir / "generator", card, replace_existing=True)
+        pictures = card_pictures(output_dir)
+        card = render_model_card(config, dataset, generator, output_dir, precision)
+        save_generator(generator, output_dir / "generator", card, pictures=pictures, replace_existing=True)
     accelerator.wait_for_everyone()
     say(f"generator:   {output_dir / 'generator'}")
     best = best_point(output_dir / "metrics.jsonl") if fid_every and accelerator.is_main_process else None
@@ -108,6 +111,7 @@ def train(config: TrainConfig) -> int:
         say(f"best:        {metric} {value:.4g} at step {step:,.0f}, {average}")
         say(f"FID curve:   {output_dir / 'fid_curve.png'}")
     say(f"samples:     {output_dir / 'samples'}")
+    say(f"peak memory: {peak_memory(accelerator.device)}")
     say(f"next:        python sample.py --run_dir {shlex.quote(str(output_dir))} --ipc 10")
     accelerator.end_training()
     return 0
@@ -258,30 +262,3 @@ def _tracker_config(config: TrainConfig) -> dict[str, Any]:
         name: value if isinstance(value, (int, float, str, bool)) else str(value)
         for name, value in to_flat_dict(config).items()
     }
-
-
-def _generator_card(config: TrainConfig, dataset: ImageDataset, generator: Generator) -> str:
-    names = ", ".join(dataset.class_names[:10]) + (", ..." if dataset.num_classes > 10 else "")
-    return f"""---
-library_name: diffusers
-tags: [dataset-distillation, class-conditional-generation, ddgen]
----
-
-# Class-conditional latent diffusion model of {dataset.name}
-
-{dataset.num_classes} classes ({names}), {dataset.image_size} x {dataset.image_size} pixels. Trained with ddgen on
-{len(dataset):,} images for {config.optimizer.max_train_steps:,} steps of {config.optimizer.train_batch_size}.
-Licence of the images it was trained on: {dataset.licence}.
-
-```python
-from diffusers import DiffusionPipeline
-
-folder = "path/to/this/folder"
-pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
-images = pipe(class_labels=[0, 1, 2]).images
-```
-
-Samples with {generator.sampling.sampler}, {generator.sampling.num_inference_steps} steps, guidance
-{generator.sampling.guidance_scale} at noise levels {generator.sampling.guidance_interval[0]} to
-{generator.sampling.guidance_interval[1]}, unless told otherwise.
-"""

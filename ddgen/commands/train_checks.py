@@ -18,7 +18,6 @@ from ddgen.commands.runs import (
     read_run_config,
 )
 from ddgen.config import (
-    AutoencoderConfig,
     ObserverConfig,
     TrainConfig,
     to_flat_dict,
@@ -68,6 +67,7 @@ _MAY_CHANGE = {
     *("output_dir", "resume_from_checkpoint", "dry_run", "data_dir", "cache_dir", "skip_bad_images"),
     *("checkpointing_steps", "checkpoints_total_limit", "log_every", "report_to", "sample_every", "fid_every"),
     *("fid_num_images", "fid_num_inference_steps", "fd_network", "inception_weights", "mixed_precision"),
+    "torch_compile",
     *("gradient_accumulation_steps", "num_inference_steps", "guidance_scale", "guidance_interval", "sampler"),
 }
 _OF_OBSERVER = {"observer", *(name for name in vars(ObserverConfig()) if name.startswith("observer_"))}
@@ -107,7 +107,7 @@ def check_training(config: TrainConfig, dataset: ImageDataset, accelerator: Acce
         raise UserError(
             f"--vae_batch_size {config.autoencoder.vae_batch_size}: must be a multiple of the {processes} processes"
         )
-    d, side = _latent_shape(config, autoencoder, dataset)
+    d, side = latent_shape(config, autoencoder, dataset)
     build_unet(config.denoiser, latent_channels=d, latent_size=side, num_classes=dataset.num_classes)
     observer = None
     if config.observer.observer is not None:
@@ -118,40 +118,10 @@ def check_training(config: TrainConfig, dataset: ImageDataset, accelerator: Acce
     return Given(observer, autoencoder)
 
 
-def _latent_shape(config: TrainConfig, given: Autoencoder | None, dataset: ImageDataset) -> tuple[int, int]:
+def latent_shape(config: TrainConfig, given: Autoencoder | None, dataset: ImageDataset) -> tuple[int, int]:
+    """Returns channels and side of the latents that a run will have."""
     if given is not None:
         mean, _ = given.encode(to_images(dataset.pixels[:1]))
         return mean.shape[1], mean.shape[2]
     vae = build_autoencoder(config.autoencoder, dataset.image_size)
     return vae.config.latent_channels, dataset.image_size // vae.config.downsample
-
-
-def _origin(config: AutoencoderConfig) -> str:
-    return "none, pixels are diffused" if config.space == "pixel" else config.vae or "trained from patch PCA"
-
-
-def describe_training(
-    config: TrainConfig,
-    dataset: ImageDataset,
-    given: Given,
-    output_dir: Path,
-    accelerator: Accelerator,
-    precision: str,
-) -> str:
-    d, side = _latent_shape(config, given.autoencoder, dataset)
-    unet = build_unet(config.denoiser, latent_channels=d, latent_size=side, num_classes=dataset.num_classes)
-    optim = config.optimizer
-    epochs = optim.max_train_steps * optim.train_batch_size / len(dataset)
-    size = f"{dataset.image_size} px"
-    return "\n".join(
-        [
-            "dry run: the settings and the data are fine; nothing was written",
-            f"  data         {dataset.name}, {len(dataset):,} images, {dataset.num_classes} classes, {size}",
-            f"  observer     {config.observer.observer or config.observer.observer_network}",
-            f"  autoencoder  {_origin(config.autoencoder)}, latents {d} x {side} x {side}",
-            f"  denoiser     {sum(p.numel() for p in unet.parameters()) / 1e6:.1f}M parameters",
-            f"  training     {optim.max_train_steps:,} steps of {optim.train_batch_size} images, {epochs:.1f} epochs",
-            f"  device       {accelerator.device}, {accelerator.num_processes} process(es), precision {precision}",
-            f"  output       {output_dir}",
-        ]
-    )

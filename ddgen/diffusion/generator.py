@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ class Generator:
         image_size: Side of the images in pixels.
         sampling: How to sample.
         precision: Autocast precision, resolved.
+        ema_std: Relative width of the average that the weights are; None if not known.
     """
 
     unet: Any
@@ -47,6 +49,7 @@ class Generator:
     image_size: int
     sampling: GuidanceConfig
     precision: str
+    ema_std: float | None = None
 
     def with_sampling(self, **overrides: Any) -> Generator:
         """Returns this generator with some sampling settings replaced; None keeps one."""
@@ -110,13 +113,16 @@ def check_sampling(sampling: GuidanceConfig, prediction_type: str, num_train_tim
         raise UserError(f"--guidance_interval {low} {high}: give the smaller number first")
 
 
-def save_generator(generator: Generator, path: Path, card: str, *, replace_existing: bool = False) -> None:
+def save_generator(
+    generator: Generator, path: Path, card: str, *, pictures: Sequence[Path] = (), replace_existing: bool = False
+) -> None:
     """Writes a diffusers pipeline folder that loads without ddgen; atomic.
 
     Args:
         generator: What to save.
         path: Folder to create.
         card: Text of its README.md.
+        pictures: Files to put beside it.
         replace_existing: Take the place of an older one.
     """
     vae: nn.Module = generator.autoencoder.vae
@@ -145,6 +151,8 @@ def save_generator(generator: Generator, path: Path, card: str, *, replace_exist
         shutil.copy(pipeline.__file__, temporary / "pipeline.py")
         if own:
             shutil.copy(own, temporary / "vae")
+        for picture in pictures:
+            shutil.copy(picture, temporary / picture.name)
         (temporary / "README.md").write_text(card, encoding="utf-8")
         write_json(temporary / "model_index.json", index)
 

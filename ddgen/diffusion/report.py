@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,12 +18,14 @@ from tqdm import tqdm
 
 from ddgen.checkpoint import latest_checkpoint, write_bytes
 from ddgen.config import TrainConfig
+from ddgen.diffusion.flops import flops_per_image
 from ddgen.diffusion.generator import Generator
 from ddgen.diffusion.objective import learning_rate
 from ddgen.diffusion.posthoc import Snapshots, take_weights
 from ddgen.diffusion.run import TrainingRun
 from ddgen.errors import UserError
 from ddgen.grids import image_grid
+from ddgen.hardware import device_name, peak_flops, readable_flops
 
 Monitor = Callable[[Tensor, Tensor], dict[str, float]]
 GRID_COLUMNS, GRID_ROWS = 8, 10
@@ -58,6 +61,8 @@ class Report:
         self.sampled = sampled
         self.losses: list[Tensor] = []
         self.norm = torch.zeros(())
+        self.flops = flops_per_image(sampled.unet)
+        self.peak = peak_flops(device_name(accelerator.device), sampled.precision)
         self.clock, self.clock_step = time.perf_counter(), run.step
         self.started, self.curve_seconds = self.clock, 0.0
         self.bar = tqdm(
@@ -96,7 +101,7 @@ class Report:
     def generator(self, ema_std: float) -> Generator:
         """Returns a generator with one average of the weights."""
         self.run.ema.copy_to(ema_std, list(self.sampled.unet.parameters()))
-        return self.sampled
+        return replace(self.sampled, ema_std=ema_std)
 
     def close(self) -> None:
         """Ends the progress bar."""
@@ -116,11 +121,19 @@ class Report:
         steps, seconds = self.run.step - self.clock_step, time.perf_counter() - self.clock
         rate = steps * self.config.optimizer.train_batch_size / max(seconds, 1e-9)
         self.losses, self.clock, self.clock_step = [], time.perf_counter(), self.run.step
-        self.bar.set_postfix(step=self.run.step, loss=f"{value:.4f}", refresh=False)
+        flops = rate * self.flops / self.accelerator.num_processes
+        speed = readable_flops(flops, self.peak)
+        self.bar.set_postfix_str(f"step {self.run.step}, loss {value:.4f}, {speed}", refresh=False)
         lr = learning_rate(self.config.optimizer, self.run.step - 1)
         norm = float(self.norm)
         self._write(
-            {"loss": value, "lr": lr, "grad_norm": norm if math.isfinite(norm) else None, "images_per_second": rate}
+            {
+                "loss": value,
+                "lr": lr,
+                "grad_norm": norm if math.isfinite(norm) else None,
+                "images_per_second": rate,
+                "tflops": flops / 1e12,  # of one process
+            }
         )
 
     def _without_clock(self, work: Callable[[], None]) -> float:
@@ -197,7 +210,7 @@ class Report:
     def _posthoc(self, snapshots: Snapshots, std: float) -> Generator:
         weights = snapshots.average(std, self.run.step) if self.accelerator.is_main_process else None
         take_weights(self.sampled.unet, weights, self.accelerator.num_processes)
-        return self.sampled
+        return replace(self.sampled, ema_std=std)
 
     def _distances_of(self, generator: Generator) -> dict[str, float]:
         """Returns named distances of generated from real images; nothing but on the main process."""

@@ -152,7 +152,7 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 def _identity(config: TrainConfig, latents: LatentCache, class_names: tuple[str, ...]) -> dict[str, Any]:
     """What must be the same in a run and in its resumption; how the work is spread over hardware may change."""
     settings = {**dataclasses.asdict(config.denoiser), **dataclasses.asdict(config.optimizer)}
-    for name in ("mixed_precision", "gradient_accumulation_steps"):
+    for name in ("mixed_precision", "gradient_accumulation_steps", "torch_compile"):
         del settings[name]
     settings |= {
         "seed": config.run.seed,

@@ -17,14 +17,14 @@ from ddgen.autoencoder.autoencoder import Autoencoder
 from ddgen.autoencoder.latents import LatentCache
 from ddgen.checkpoint import latest_checkpoint, prune_checkpoints
 from ddgen.config import TrainConfig
+from ddgen.diffusion.batches import Batches
 from ddgen.diffusion.generator import Generator
-from ddgen.diffusion.objective import DiffusionLoss, build_scheduler, draw, learning_rate
+from ddgen.diffusion.objective import DiffusionLoss, build_scheduler, learning_rate
 from ddgen.diffusion.pipeline import Schedule
 from ddgen.diffusion.posthoc import Snapshots
 from ddgen.diffusion.report import Monitor, Report
 from ddgen.diffusion.run import TrainingRun
 from ddgen.errors import UserError
-from ddgen.seeds import batch_indices
 
 
 class Stopped(Exception):
@@ -84,15 +84,23 @@ def train_diffusion(
         Stopped: SIGTERM or Ctrl-C; a checkpoint has been written.
     """
     # --- set up
-    device, optim, seed = accelerator.device, config.optimizer, config.run.seed
+    device, optim = accelerator.device, config.optimizer
     run = TrainingRun.start(
         config, latents, class_names, accelerator=accelerator, precision=precision, output_dir=output_dir
     )
     scheduler = build_scheduler(config.denoiser)
     schedule = Schedule.of(scheduler).to(device, torch.float32)
     objective = DiffusionLoss(config.denoiser, schedule, null_label=len(class_names), precision=precision)
-    slices = micro_batches(optim.train_batch_size, optim.gradient_accumulation_steps, accelerator)
-    shape = (optim.train_batch_size, *latents.mean.shape[2:])
+    batches = Batches(
+        config.denoiser,
+        config.run.seed,
+        latents,
+        labels,
+        batch_size=optim.train_batch_size,
+        slices=micro_batches(optim.train_batch_size, optim.gradient_accumulation_steps, accelerator),
+        num_timesteps=len(schedule.times),
+        device=device,
+    )
 
     # --- load
     if resume_from is not None:
@@ -103,23 +111,21 @@ def train_diffusion(
     report = Report(config, run, sampled, accelerator, fid_every, monitor, on_metrics)
     names = [name for name, _ in run.unet.named_parameters()]
     snapshots = Snapshots(output_dir / "ema_snapshots", names, optim.ema_stds, optim.max_train_steps)
+    if optim.compiles_on(device.type):
+        run.unet.compile()  # in place: names of the weights stay; the copy that samples was made before
     unet, optimizer = accelerator.prepare(run.unet, run.optimizer)
     unet.train()
 
     # --- loop
-    with _stop_signals() as stopping, closing(report):
+    with _stop_signals() as stopping, closing(report), closing(batches):
         while run.step < optim.max_train_steps:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(optim, run.step)
-            chosen = torch.from_numpy(batch_indices(seed, "diffusion", run.step * shape[0], shape[0], len(labels)))
-            draws = draw(config.denoiser, seed, run.step, shape, len(schedule.times))
             total = torch.zeros((), device=device)
-            for number, where in enumerate(slices):
-                here = draws.part(where)
-                x0 = latents.batch(chosen[where], here.mirrored, here.posterior_noise).to(device)
-                y = labels[chosen[where]].to(device)
-                with accelerator.no_sync(unet) if number < len(slices) - 1 else nullcontext():
-                    loss = objective(unet, x0, y, here.to(device)) / len(slices)
+            parts = batches.at(run.step)
+            for number, part in enumerate(parts):
+                with accelerator.no_sync(unet) if number < len(parts) - 1 else nullcontext():
+                    loss = objective(unet, part.latents, part.labels, part.draws) / len(parts)
                     accelerator.backward(loss)
                 total += loss.detach()
             norm = accelerator.clip_grad_norm_(run.unet.parameters(), optim.max_grad_norm)
