@@ -12,8 +12,8 @@ Four things take turns (A B C D A B C D ...), with the same UNet, batch size and
   opened and augmented by a DataLoader in the training process (its default), encoded at every step, float32, default
   memory layout, AdamW as it is built there, EMAModel, the loss read at every step.
 
-Goals: loop / bare at least 0.90, loop / plain at least 2.5 on a CPU. Measured once, in processor time, with one thread of
-a CPU without AMX (float32 on both sides), which other work shared:
+Goals: loop / bare at least 0.90, loop / plain at least 2.5 on a CPU. Measured once, in processor time, with one thread
+of a CPU without AMX (float32 on both sides), which other work shared:
 
     case         loop / bare          loop / plain
     64px         0.94 (0.92-0.96)     2.57 (2.54-2.60)
