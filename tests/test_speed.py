@@ -39,10 +39,9 @@ def make_batches(*, ahead: bool, slices: tuple[slice, ...] = (slice(0, 6),), dev
     source = torch.Generator().manual_seed(0)
     moments = [torch.randn(2, 20, 4, 4, 4, generator=source).half() for _ in range(2)]
     labels = torch.randint(0, 3, (20,), generator=source)
-    return Batches(
-        CONFIG, 0, LatentCache(moments[0], moments[1].abs(), "f"), labels,
-        batch_size=6, slices=list(slices), num_timesteps=1000, device=device, ahead=ahead,
-    )  # fmt: skip
+    latents = LatentCache(moments[0], moments[1].abs(), "f")
+    config = TrainConfig(denoiser=CONFIG, optimizer=OptimizerConfig(train_batch_size=6))
+    return Batches(config, latents, labels, list(slices), 1000, device, ahead=ahead)
 
 
 def schedule_on(device: torch.device) -> Schedule:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ddgen.autoencoder.latents import LatentCache
-from ddgen.config import DenoiserConfig
+from ddgen.config import TrainConfig
 from ddgen.diffusion.objective import Draws, draw
 from ddgen.seeds import batch_indices
 
@@ -45,32 +45,28 @@ class Batches:
 
     def __init__(
         self,
-        config: DenoiserConfig,
-        seed: int,
+        config: TrainConfig,
         latents: LatentCache,
         labels: Tensor,
-        *,
-        batch_size: int,
         slices: list[slice],
         num_timesteps: int,
         device: torch.device,
+        *,
         ahead: bool | None = None,
     ) -> None:
         """Puts latents and labels where they are used from.
 
         Args:
-            config: How timesteps and dropped labels are drawn.
-            seed: Seed of the run.
+            config: Settings.
             latents: Of all n training images.
             labels: Their classes, int64 (n,).
-            batch_size: Of the global batch.
-            slices: This process's micro-batches of it.
+            slices: This process's micro-batches of the global batch.
             num_timesteps: Of the training schedule.
             device: Where batches are needed.
             ahead: Prepare the next step in a thread. Default: on a GPU.
         """
-        self.config, self.seed, self.slices, self.num_timesteps = config, seed, slices, num_timesteps
-        self.shape = (batch_size, *latents.mean.shape[2:])
+        self.config, self.slices, self.num_timesteps = config, slices, num_timesteps
+        self.shape = (config.optimizer.train_batch_size, *latents.mean.shape[2:])
         self.latents, self.labels, self.device = place(latents, device), labels.to(device), device
         ahead = device.type == "cuda" if ahead is None else ahead
         self.thread = ThreadPoolExecutor(1, "batches") if ahead else None
@@ -91,9 +87,9 @@ class Batches:
 
     def _prepare(self, step: int) -> list[Prepared]:
         """Does what needs no GPU: the draws, and the latents where they are in host memory."""
-        b = self.shape[0]
-        chosen = torch.from_numpy(batch_indices(self.seed, "diffusion", step * b, b, len(self.labels)))
-        draws = draw(self.config, self.seed, step, self.shape, self.num_timesteps)
+        b, seed = self.shape[0], self.config.run.seed
+        chosen = torch.from_numpy(batch_indices(seed, "diffusion", step * b, b, len(self.labels)))
+        draws = draw(self.config.denoiser, seed, step, self.shape, self.num_timesteps)
         on_cpu = self.latents.mean.device.type == "cpu"
         parts = []
         for where in self.slices:

@@ -91,16 +91,8 @@ def train_diffusion(
     scheduler = build_scheduler(config.denoiser)
     schedule = Schedule.of(scheduler).to(device, torch.float32)
     objective = DiffusionLoss(config.denoiser, schedule, null_label=len(class_names), precision=precision)
-    batches = Batches(
-        config.denoiser,
-        config.run.seed,
-        latents,
-        labels,
-        batch_size=optim.train_batch_size,
-        slices=micro_batches(optim.train_batch_size, optim.gradient_accumulation_steps, accelerator),
-        num_timesteps=len(schedule.times),
-        device=device,
-    )
+    slices = micro_batches(optim.train_batch_size, optim.gradient_accumulation_steps, accelerator)
+    batches = Batches(config, latents, labels, slices, len(schedule.times), device)
 
     # --- load
     if resume_from is not None:
