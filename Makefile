@@ -25,10 +25,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-# A finished run is never overwritten: the next demo goes to runs/digits-2, and so on.
+# A finished run is never overwritten: the next demo goes to runs/digits-2, and so on. One stopped in training goes on.
 demo: $(STAMP)
 	@set -e; dir=$(DEMO_DIR); n=2; \
-	while [ -e "$$dir" ]; do dir=$(DEMO_DIR)-$$n; n=$$((n + 1)); done; \
+	while [ -e "$$dir/generator" ]; do dir=$(DEMO_DIR)-$$n; n=$$((n + 1)); done; \
 	echo "demo: writing to $$dir"; \
 	set -x; \
 	$(BIN)/accelerate launch train_ldm.py --config configs/digits_demo.yaml --output_dir "$$dir"; \

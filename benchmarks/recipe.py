@@ -36,8 +36,8 @@ from ddgen.commands.train_checks import Given, check_training
 from ddgen.commands.train_curve import monitor_of_run
 from ddgen.config import TrainConfig, parse, settings, to_flat_dict
 from ddgen.data import ImageDataset
-from ddgen.diffusion.training import Stopped, train_diffusion
-from ddgen.errors import UserError
+from ddgen.diffusion.training import train_diffusion
+from ddgen.errors import Stopped, UserError
 from ddgen.evaluation.extractors import choose_extractor
 from ddgen.evaluation.monitor import DistanceMonitor
 from ddgen.observer.observer import Observer

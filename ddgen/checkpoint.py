@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import re
@@ -11,7 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ddgen.errors import UserError
+
 CHECKPOINT_NAME = re.compile(r"^step-(\d{8})$")
+LOCK_NAME = ".lock"
+_LEFTOVER = re.compile(r"^\..+\.(tmp|old)-\d+$")
 
 
 @contextlib.contextmanager
@@ -79,6 +85,7 @@ def write_bytes(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    _sync_path(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -89,6 +96,46 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Reads what `write_json` wrote."""
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Deletes what killed processes left half-written directly in a folder, where no other process is writing now."""
+    for path in folder.iterdir():
+        if _LEFTOVER.match(path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def is_unused(folder: Path) -> bool:
+    """Whether a folder does not exist, or holds nothing but what a process killed at its very start left there."""
+    return not folder.exists() or all(
+        path.name == LOCK_NAME or _LEFTOVER.match(path.name) is not None for path in folder.iterdir()
+    )
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps a second process from training in a folder; the lock ends with the process, however that ends.
+
+    Raises:
+        UserError: Another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK_NAME, "a", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise UserError(
+                    f"--output_dir {folder}: another process is training in it; wait for it, or choose another"
+                ) from None
+            # a file system without locks: nothing that the user could set otherwise
+        yield
+
+
+def checkpoint_step(path: Path) -> int:
+    """Returns after how many optimizer steps a checkpoint was written; 0 for what is not named like one."""
+    match = CHECKPOINT_NAME.match(path.name)
+    return int(match[1]) if match else 0
 
 
 def latest_checkpoint(checkpoints_dir: Path) -> Path | None:

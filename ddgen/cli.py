@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ddgen.config import EvaluateConfig, SampleConfig, TrainConfig, TrainObserverConfig, parse
-from ddgen.errors import UserError
+from ddgen.errors import Stopped, UserError
 from ddgen.launch import start_asked_for_processes
 
 COMMANDS: dict[str, tuple[type, str, str]] = {
@@ -36,6 +36,9 @@ def run(command: str, argv: list[str] | None = None, prog: str | None = None) ->
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _complain(UserError(f"{where}{error.strerror or error}"))
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return 128 + stopped.signal_number
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130

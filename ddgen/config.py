@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 
+from ddgen.checkpoint import write_bytes
 from ddgen.errors import UserError
 
 DatasetName = Literal[
@@ -225,7 +226,8 @@ class RunConfig:
     seed: int = 0
     """Seed of everything random."""
     resume_from_checkpoint: str | None = None
-    """`latest`, or the folder of a checkpoint: go on from there."""
+    """`latest`, or the folder of a checkpoint: go on from there. Default: the latest one, if --output_dir holds an
+    unfinished run with exactly these settings."""
     checkpointing_steps: int = 1000
     """Steps between checkpoints."""
     checkpoints_total_limit: int = 2
@@ -467,8 +469,8 @@ def from_flat_dict(kind: type[Config], values: dict[str, Any], source: str) -> C
 
 
 def write_yaml(path: Path, config: Any) -> None:
-    """Writes the resolved settings, readable again with ``--config``."""
-    path.write_text(yaml.safe_dump(to_flat_dict(config), sort_keys=False), encoding="utf-8")
+    """Writes the resolved settings, readable again with ``--config``; whole or not at all."""
+    write_bytes(path, yaml.safe_dump(to_flat_dict(config), sort_keys=False).encode())
 
 
 def parse(kind: type[Config], argv: list[str] | None, prog: str) -> Config:

@@ -24,6 +24,7 @@ from ddgen.autoencoder.pca import fit_pca
 from ddgen.autoencoder.training import build, check_space, psnr, train_autoencoder
 from ddgen.config import AutoencoderConfig
 from ddgen.errors import UserError
+from ddgen.resume import Checkpoints
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[1]
@@ -66,7 +67,7 @@ def test_pca_latents_are_whitened_and_uncorrelated() -> None:
     assert torch.allclose(flat @ flat.T / flat.shape[1], torch.eye(6), atol=2e-3)
 
 
-def test_residual_autoencoder_starts_at_the_pca_and_ends_above_it() -> None:
+def test_residual_autoencoder_starts_at_the_pca_and_ends_above_it(tmp_path: Path) -> None:
     pixels = smooth_pixels(256)
     config = AutoencoderConfig(
         vae_downsample=4,
@@ -79,20 +80,31 @@ def test_residual_autoencoder_starts_at_the_pca_and_ends_above_it() -> None:
     model = build(config, 16)
     model.set_pca(*fit_pca(pixels, 4, 6, seed=0))
     assert psnr(wrap(model, CPU, "no"), pixels) == pytest.approx(psnr(pca_autoencoder(pixels), pixels), abs=1e-4)
-    _, report = train_autoencoder(config, pixels, accelerator=Accelerator(cpu=True), precision="no", seed=0, flip=True)
+    common = {"accelerator": Accelerator(cpu=True), "precision": "no", "checkpoints": Checkpoints(tmp_path, {})}
+    _, report = train_autoencoder(config, pixels, seed=0, flip=True, **common)
     assert report["psnr"] > report["psnr_pca"] + 0.05
 
 
-def test_training_that_ends_below_the_pca_keeps_the_pca(capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_that_ends_below_the_pca_keeps_the_pca(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = AutoencoderConfig(
         vae_downsample=4, vae_latent_channels=6, vae_patch=4, vae_channels=(16,), vae_train_steps=12,
         vae_batch_size=4, vae_learning_rate=3.0,
     )  # fmt: skip
-    _, report = train_autoencoder(
-        config, smooth_pixels(128), accelerator=Accelerator(cpu=True), precision="no", seed=0, flip=False
-    )
+    common = {"accelerator": Accelerator(cpu=True), "precision": "no", "checkpoints": Checkpoints(tmp_path, {})}
+    _, report = train_autoencoder(config, smooth_pixels(128), seed=0, flip=False, **common)
     assert report["psnr"] == report["psnr_pca"]
     assert "keeping the PCA" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_not_finite_stops_the_training(tmp_path: Path) -> None:
+    config = AutoencoderConfig(
+        vae_downsample=4, vae_latent_channels=6, vae_patch=4, vae_channels=(16,), vae_train_steps=40,
+        vae_batch_size=4, vae_learning_rate=1e30,
+    )  # fmt: skip
+    common = {"accelerator": Accelerator(cpu=True), "precision": "no", "checkpoints": Checkpoints(tmp_path, {})}
+    with pytest.raises(UserError, match=r"loss is not finite at step 2, for images (\d+, ){3}\d+; lower it"):
+        train_autoencoder(config, smooth_pixels(128), seed=0, flip=False, **common)
+    assert not list(tmp_path.iterdir())
 
 
 def test_psnr_by_hand() -> None:
@@ -245,7 +257,7 @@ def test_drawn_transforms_go_down_to_a_quarter_and_use_all_turns() -> None:
     assert {t.turns for t in drawn} == {0, 1, 2, 3}
 
 
-def test_the_equivariance_term_makes_latents_more_equivariant_at_equal_steps() -> None:
+def test_the_equivariance_term_makes_latents_more_equivariant_at_equal_steps(tmp_path: Path) -> None:
     coarse = torch.randn(256, 3, 5, 5, generator=torch.Generator().manual_seed(0))
     smooth = torch.nn.functional.interpolate(coarse, size=16, mode="bicubic", align_corners=True)
     pixels, errors = (smooth * 60 + 128).clamp(0, 255).to(torch.uint8), {}
@@ -256,8 +268,9 @@ def test_the_equivariance_term_makes_latents_more_equivariant_at_equal_steps() -
             vae_batch_size=8, vae_learning_rate=1e-2, vae_equivariance_weight=weight,
         )  # fmt: skip
         vae, _ = train_autoencoder(
-            config, pixels, accelerator=Accelerator(cpu=True), precision="no", seed=0, flip=False
-        )
+            config, pixels, accelerator=Accelerator(cpu=True), precision="no", seed=0, flip=False,
+            checkpoints=Checkpoints(tmp_path / str(weight), {}),
+        )  # fmt: skip
         mean, _ = vae.encode(images)
         turned = [(Transform(4, 4, k)(mean), Transform(4, 4, k)(images, 4)) for k in (1, 2, 3)]
         with torch.inference_mode():

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,7 +26,6 @@ import train_ldm
 from ddgen import cli
 from ddgen.commands import estimate
 from ddgen.commands.estimate import readable_minutes
-from ddgen.diffusion import objective, report
 from ddgen.distill.dataset import DistilledDataset
 
 ROOT = Path(__file__).parents[1]
@@ -175,45 +173,7 @@ def test_a_smaller_request_leaves_the_unfinished_larger_one_alone(own_run: Path,
     assert not pool.exists()
 
 
-# --- resuming
-
-
-@pytest.mark.parametrize("stop_at", [4, 5])
-def test_a_stopped_and_resumed_run_is_bit_for_bit_the_uninterrupted_one(
-    stop_at: int, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    after_step = report.Report.after_step
-
-    def stop(self: report.Report, loss: torch.Tensor, norm: torch.Tensor) -> None:
-        after_step(self, loss, norm)
-        if self.run.step == stop_at:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    path = tmp_path / "digits"
-    with monkeypatch.context() as patch:
-        patch.setattr(report.Report, "after_step", stop)
-        assert run_train(path) == 143
-    assert "resume_from_checkpoint latest" in capsys.readouterr().out
-    assert not (path / "generator").exists()
-    assert run_train(path, "--resume_from_checkpoint", "latest") == 0
-    expected = weights(run_dir)
-    for name, tensor in weights(path).items():
-        assert torch.equal(tensor, expected[name]), name
-    assert metrics(path) == metrics(run_dir)
-    for name in ("ema_0.05.safetensors", "ema_0.1.safetensors", "unet.safetensors"):
-        ours, theirs = (load_file(p / "checkpoints" / "step-00000008" / name) for p in (path, run_dir))
-        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-
-
-def test_a_run_killed_before_its_first_checkpoint_starts_again(run_dir: Path, tmp_path: Path) -> None:
-    path = Path(shutil.copytree(run_dir, tmp_path / "digits"))
-    shutil.rmtree(path / "checkpoints")
-    shutil.rmtree(path / "generator")
-    with open(path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 9, "lo')  # killed while writing
-    assert run_train(path, "--resume_from_checkpoint", "latest") == 0
-    assert metrics(path) == metrics(run_dir)
-    assert all(torch.equal(tensor, weights(run_dir)[name]) for name, tensor in weights(path).items())
+# --- batches
 
 
 def test_accumulated_micro_batches_are_one_batch(run_dir: Path, tmp_path: Path) -> None:
@@ -416,33 +376,6 @@ def test_a_file_for_a_folder_is_one_line(tmp_path: Path, capsys: pytest.CaptureF
 def test_no_dataset_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert train_ldm.main([]) == 2
     assert "--dataset: not set" in complaint(capsys)
-
-
-def test_a_used_output_folder_is_not_touched(own_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = sorted((p, p.stat().st_mtime_ns) for p in own_run.rglob("*"))
-    assert run_train(own_run) == 2
-    assert "not empty; add --resume_from_checkpoint latest to go on" in complaint(capsys)
-    assert sorted((p, p.stat().st_mtime_ns) for p in own_run.rglob("*")) == before
-
-
-def test_resuming_with_other_settings_is_refused(own_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = (own_run / "config.yaml").read_bytes()
-    assert run_train(own_run, "--resume_from_checkpoint", "latest", "--learning_rate", "0.5") == 2
-    assert "--learning_rate 0.5" in (message := complaint(capsys)) and "was started with 0.001" in message
-    assert (own_run / "config.yaml").read_bytes() == before
-    checkpoint = str(own_run / "checkpoints" / "step-00000008")
-    other = own_run.parent / "other"
-    assert run_train(other, "--resume_from_checkpoint", checkpoint, "--learning_rate", "0.5") == 2
-    assert "was made with learning_rate 0.001, not 0.5" in complaint(capsys)
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(
-    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(objective, "loss_weights", lambda alpha, *_: alpha * float("nan"))
-    assert run_train(tmp_path / "digits", "--observer", str(run_dir / "observer")) == 2
-    message = complaint(capsys)
-    assert "loss nan in steps 1 to 1" in message and "last good checkpoint: none" in message
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from ddgen.observer.networks import build_network
 from ddgen.observer.observer import Observer, predict_pixels
 from ddgen.observer.perceptual import PerceptualLoss
 from ddgen.observer.training import train_observer
+from ddgen.resume import Checkpoints
 
 CPU = torch.device("cpu")
 SMALL = [
@@ -95,7 +96,9 @@ def test_perceptual_term_works_for_networks_of_all_kinds() -> None:
         assert len(loss.layers) >= layers - 1, network
 
 
-def test_perceptual_term_makes_the_observer_agree_more_at_equal_steps(observer: Observer, digits: ImageDataset) -> None:
+def test_perceptual_term_makes_the_observer_agree_more_at_equal_steps(
+    observer: Observer, digits: ImageDataset, tmp_path: Path
+) -> None:
     pixels, agreement = digits.pixels[:300], {}
     before = predict_pixels(observer, pixels, what="logits", batch_size=300, device=CPU, precision="no").argmax(1)
     for weight in (0.0, 1.0):
@@ -105,7 +108,7 @@ def test_perceptual_term_makes_the_observer_agree_more_at_equal_steps(observer: 
         )  # fmt: skip
         vae, _ = train_autoencoder(
             config, digits.pixels, accelerator=Accelerator(cpu=True), precision="no", seed=0, flip=False,
-            perceptual=PerceptualLoss(observer),
+            checkpoints=Checkpoints(tmp_path / str(weight), {}), perceptual=PerceptualLoss(observer),
         )  # fmt: skip
         restored = reconstruct(vae, pixels)
         after = predict_pixels(observer, restored, what="logits", batch_size=300, device=CPU, precision="no").argmax(1)

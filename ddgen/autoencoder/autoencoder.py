@@ -116,7 +116,9 @@ def load_pretrained(path_or_id: str, device: torch.device, precision: str) -> Au
         kind = OWN.get(name) or getattr(diffusers, name, None)
         if kind is None or not hasattr(kind, "encode"):
             raise UserError(f"--vae {path_or_id}: {name or 'unknown class'} is not a diffusers autoencoder")
-        return wrap(kind.from_pretrained(path_or_id, subfolder=subfolder, use_safetensors=True), device, precision)
+        vae = kind.from_pretrained(path_or_id, subfolder=subfolder, use_safetensors=True)
+        vae.register_to_config(_name_or_path=None)  # where it was here means nothing where it is saved to
+        return wrap(vae, device, precision)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"--vae {path_or_id}: {reason}; give a folder with config.json or a hub id") from None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -20,10 +21,13 @@ from ddgen.autoencoder.pca import fit_pca
 from ddgen.config import AutoencoderConfig
 from ddgen.errors import UserError
 from ddgen.precision import autocast
+from ddgen.resume import Checkpoints, Keeper, LossWatch, Snapshot, name_images
 from ddgen.seeds import batch_indices, derive, numpy_generator, torch_generator
+from ddgen.stopping import note_signals
 
 PerceptualLoss = Callable[[Tensor, Tensor], Tensor]
 NUM_VALIDATION_IMAGES = 512
+LOOK_EVERY = 20  # steps between looks at the loss
 
 
 def check_space(config: AutoencoderConfig) -> None:
@@ -106,6 +110,7 @@ def train_autoencoder(
     precision: str,
     seed: int,
     flip: bool,
+    checkpoints: Checkpoints,
     perceptual: PerceptualLoss | None = None,
 ) -> tuple[Autoencoder, dict[str, float]]:
     """Trains an autoencoder on real images.
@@ -122,10 +127,15 @@ def train_autoencoder(
         precision: Autocast precision, resolved.
         seed: The user's ``--seed``.
         flip: Train on mirror images too.
+        checkpoints: Where training is saved now and then, and goes on from; to be removed once the result is safe.
         perceptual: Maps (reconstructions, originals), both (b, 3, h, w) in [-1, 1], to a scalar.
 
     Returns:
         The autoencoder, without latent statistics, and {"psnr", "psnr_pca"} in dB on held-out training images.
+
+    Raises:
+        UserError: A loss that is not finite, checkpoints of another training, or a full disk.
+        Stopped: SIGTERM or Ctrl-C; a checkpoint has been written.
     """
     device = accelerator.device
     torch.manual_seed(derive(seed, "autoencoder", "weights"))
@@ -139,7 +149,7 @@ def train_autoencoder(
     report = {"psnr_pca": psnr(wrap(model, device, precision), validation)}
     if config.vae_train_steps:
         start = {name: value.clone() for name, value in model.state_dict().items()}
-        averaged = _fit(model, config, pixels, training, accelerator, precision, seed, flip, perceptual)
+        averaged = _fit(model, config, pixels, training, accelerator, precision, seed, flip, checkpoints, perceptual)
         model.load_state_dict(averaged)
         report["psnr"] = psnr(wrap(model, device, precision), validation)
         squared_error_alone = not (config.vae_perceptual_weight or config.vae_equivariance_weight)
@@ -159,6 +169,7 @@ def _fit(
     precision: str,
     seed: int,
     flip: bool,
+    checkpoints: Checkpoints,
     perceptual: PerceptualLoss | None,
 ) -> dict[str, Tensor]:
     device, world = accelerator.device, accelerator.num_processes
@@ -168,37 +179,89 @@ def _fit(
     mine = slice(accelerator.process_index * batch_size // world, (accelerator.process_index + 1) * batch_size // world)
     model.train().requires_grad_(True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.vae_learning_rate, weight_decay=0.0)
-    ddp, optimizer = accelerator.prepare(model, optimizer)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(min(0.999, 1 - 10 / max(steps, 20))))
+    scaler = accelerator.scaler
+    first_scale = scaler.state_dict() if scaler is not None else None
+    state = _State(model, optimizer, average, scaler)
+    begin = checkpoints.go_on(state.go_back)
+    if begin:
+        accelerator.print(f"autoencoder: going on at step {begin} of {steps}")
+    ddp, optimizer = accelerator.prepare(model, optimizer)
+
+    def chosen_at(step: int) -> Tensor:
+        return training[batch_indices(seed, "autoencoder", step * batch_size, batch_size, len(training))]
+
+    def not_finite(step: int, process: int, _: int) -> UserError:
+        share = batch_size // world
+        part = chosen_at(step - 1)[process * share : (process + 1) * share].tolist()
+        return UserError(
+            f"--vae_learning_rate {config.vae_learning_rate}: the autoencoder's loss is not finite at step {step}, for"
+            f" {name_images(part)}; lower it; last good checkpoint: {checkpoints.latest() or 'none'}"
+        )
+
+    watch = LossWatch(accelerator, not_finite)
     latent_size = pixels.shape[-1] // model.config.downsample
-    bar = tqdm(range(steps), desc="autoencoder", unit="step", disable=not accelerator.is_main_process)
-    for step in bar:
-        for group in optimizer.param_groups:
-            warm = min(1.0, (step + 1) / 100)
-            group["lr"] = config.vae_learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
-        chosen = training[batch_indices(seed, "autoencoder", step * batch_size, batch_size, len(training))]
-        draws = torch_generator(seed, "autoencoder", "noise", step)
-        mirrored = (torch.rand(batch_size, generator=draws) < 0.5) & flip
-        noise = torch.randn(batch_size, model.config.latent_channels, latent_size, latent_size, generator=draws)
-        images = to_images(pixels[chosen[mine]])
-        images = torch.where(mirrored[mine, None, None, None], images.flip(-1), images).to(device)
-        transform = None
-        if config.vae_equivariance_weight:
-            transform = draw_transform(latent_size, torch_generator(seed, "autoencoder", "transform", step))
-        with autocast(device, precision):
-            restored, posterior, moved = ddp(images, noise[mine].to(device), transform)
-        error = F.mse_loss(restored.float(), images)
-        loss = error + config.vae_kl_weight * posterior.kl().mean()
-        if perceptual is not None and config.vae_perceptual_weight:
-            loss = loss + config.vae_perceptual_weight * perceptual(restored.float(), images)
-        if transform is not None:
-            wanted = transform(images, model.config.downsample)
-            loss = loss + config.vae_equivariance_weight * F.mse_loss(moved.float(), wanted)
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        average.update_parameters(model)
-        if step % 20 == 0:
-            bar.set_postfix(psnr=f"{10 * math.log10(4 / max(error.item(), 1e-9)):.2f} dB")
+    shown = accelerator.is_main_process
+    bar = tqdm(initial=begin, total=steps, desc="autoencoder", unit="step", disable=not shown)
+    with note_signals() as noted, bar:
+        keeper = Keeper(checkpoints, state.snapshot, watch.settle, noted, accelerator, last=steps)
+        for step in range(begin, steps):
+            for group in optimizer.param_groups:
+                warm = min(1.0, (step + 1) / 100)
+                group["lr"] = config.vae_learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
+            chosen = chosen_at(step)
+            draws = torch_generator(seed, "autoencoder", "noise", step)
+            mirrored = (torch.rand(batch_size, generator=draws) < 0.5) & flip
+            noise = torch.randn(batch_size, model.config.latent_channels, latent_size, latent_size, generator=draws)
+            images = to_images(pixels[chosen[mine]])
+            images = torch.where(mirrored[mine, None, None, None], images.flip(-1), images).to(device)
+            transform = None
+            if config.vae_equivariance_weight:
+                transform = draw_transform(latent_size, torch_generator(seed, "autoencoder", "transform", step))
+            with autocast(device, precision):
+                restored, posterior, moved = ddp(images, noise[mine].to(device), transform)
+            error = F.mse_loss(restored.float(), images)
+            loss = error + config.vae_kl_weight * posterior.kl().mean()
+            if perceptual is not None and config.vae_perceptual_weight:
+                loss = loss + config.vae_perceptual_weight * perceptual(restored.float(), images)
+            if transform is not None:
+                wanted = transform(images, model.config.downsample)
+                loss = loss + config.vae_equivariance_weight * F.mse_loss(moved.float(), wanted)
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            average.update_parameters(model)
+            watch.add(loss.reshape(1))
+            bar.update()
+            if step % LOOK_EVERY == 0 or step + 1 == steps:
+                watch.settle(step + 1)
+                bar.set_postfix(psnr=f"{10 * math.log10(4 / max(error.item(), 1e-9)):.2f} dB")
+            keeper.after_step(step + 1)
+    if scaler is not None:
+        scaler.load_state_dict(first_scale)  # the next training starts from it, whether this one ran before or not
     return average.module.state_dict()
+
+
+@dataclass
+class _State:
+    """What changes while the autoencoder is trained; `scaler` is the accelerator's, of fp16."""
+
+    model: PatchAutoencoderKL
+    optimizer: torch.optim.Optimizer
+    average: AveragedModel
+    scaler: Any
+
+    def snapshot(self, step: int) -> Snapshot:
+        """Returns what a checkpoint holds."""
+        scale = self.scaler.state_dict() if self.scaler is not None else None
+        tensors = {"autoencoder": self.model.state_dict(), "average": self.average.state_dict()}
+        return Snapshot(step, tensors, self.optimizer.state_dict(), {"scaler": scale})
+
+    def go_back(self, saved: Snapshot) -> None:
+        """Takes everything from a snapshot."""
+        self.model.load_state_dict(saved.tensors["autoencoder"])
+        self.average.load_state_dict(saved.tensors["average"])
+        self.optimizer.load_state_dict(saved.optimizer)
+        if self.scaler is not None and saved.facts["scaler"]:
+            self.scaler.load_state_dict(saved.facts["scaler"])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shlex
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from ddgen.autoencoder import autoencoder as autoencoders
 from ddgen.autoencoder.autoencoder import Autoencoder
 from ddgen.autoencoder.latents import LatentCache, build_latent_cache
 from ddgen.autoencoder.training import psnr, train_autoencoder
-from ddgen.checkpoint import write_json
+from ddgen.checkpoint import checkpoint_step, locked, remove_leftovers, write_json
 from ddgen.commands.first_lines import first_lines
 from ddgen.commands.model_card import card_pictures, render_model_card
 from ddgen.commands.runs import (
@@ -24,7 +26,13 @@ from ddgen.commands.runs import (
     load_on_all,
     start_accelerator,
 )
-from ddgen.commands.train_checks import Given, check_training, run_folder
+from ddgen.commands.train_checks import (
+    Given,
+    RunFolder,
+    check_same_images,
+    check_training,
+    run_folder,
+)
 from ddgen.commands.train_curve import draw_curve, fid_every_of_run, monitor_of_run
 from ddgen.config import (
     DataConfig,
@@ -36,8 +44,8 @@ from ddgen.config import (
 )
 from ddgen.data import ImageDataset, split_holdout
 from ddgen.diffusion.generator import save_generator
-from ddgen.diffusion.training import Stopped, train_diffusion
-from ddgen.errors import UserError
+from ddgen.diffusion.training import train_diffusion
+from ddgen.errors import Stopped, UserError
 from ddgen.evaluation.curve import best_point
 from ddgen.evaluation.extractors import Extractor, choose_extractor, observer_extractor
 from ddgen.evaluation.reconstruction import report_reconstruction
@@ -46,25 +54,47 @@ from ddgen.observer.observer import Observer
 from ddgen.observer.perceptual import PerceptualLoss
 from ddgen.observer.realism import check_observer
 from ddgen.observer.training import train_observer
+from ddgen.resume import Checkpoints, on_main
+from ddgen.stopping import stop_at_once
 
 
 def train(config: TrainConfig) -> int:
     """Trains observer, autoencoder and diffusion model; ``runs/<dataset>/generator`` is what comes out."""
-    output_dir, resume_from = run_folder(config)
-    accelerator, precision = start_accelerator(config.optimizer.mixed_precision, config.monitor.report_to, output_dir)
-    say = accelerator.print
+    folder = run_folder(config)
+    if folder.finished:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{folder.path}: this run is finished; another --output_dir trains anew")
+        return 0
+    report_to = config.monitor.report_to
+    with stop_at_once(), ExitStack() as held:
+        accelerator, precision = start_accelerator(config.optimizer.mixed_precision, report_to, folder.path)
+        try:
+            return _train(config, folder, accelerator, precision, held)
+        except Stopped as stopped:
+            accelerator.print(str(stopped))
+            accelerator.end_training()
+            return 128 + stopped.signal_number
+
+
+def _train(config: TrainConfig, folder: RunFolder, accelerator: Accelerator, precision: str, held: ExitStack) -> int:
+    """Does the work of `train`; `held` gets the lock on the run folder."""
+    say, output_dir, last = accelerator.print, folder.path, config.optimizer.max_train_steps
+    if folder.goes_on:
+        done = checkpoint_step(folder.resume_from) if folder.resume_from is not None else 0
+        say(f"going on with {output_dir} at step {done:,} of {last:,}")
     dataset = load_on_all(accelerator, config.data, "train")
+    check_same_images(output_dir, dataset)
     given = check_training(config, dataset, accelerator, precision)
     extractor = None
     if config.monitor.fid_every != 0 and accelerator.is_main_process:  # what cannot be had is found now
         extractor = choose_extractor(config.monitor.fd_network, config.monitor.inception_weights)
-    say(first_lines(config, dataset, given, output_dir, resume_from, accelerator, precision))
+    say(first_lines(config, dataset, given, output_dir, folder.resume_from, accelerator, precision))
     if config.run.dry_run:
         say("dry run: the settings and the data are fine; nothing was written")
         return 0
-    if accelerator.is_main_process:
-        _write_run_facts(config, dataset, output_dir)
-    accelerator.wait_for_everyone()
+    on_main(accelerator, lambda: held.enter_context(locked(output_dir)))
+    on_main(accelerator, lambda: _write_run_facts(config, dataset, output_dir))
+
     observer = observer_of_run(config, given, dataset, output_dir / "observer", accelerator, precision)
     say(f"observer: {observer.network}, {observer.accuracy:.1%} on held-out real images")
     autoencoder, latents = autoencoder_of_run(config, given, dataset, observer, output_dir, accelerator, precision)
@@ -79,26 +109,21 @@ def train(config: TrainConfig) -> int:
         fid_every = fid_every_of_run(config, latents, autoencoder, monitor, accelerator)
     if config.monitor.report_to != "none":
         accelerator.init_trackers("ddgen", config=_tracker_config(config))
-    try:
-        generator = train_diffusion(
-            config,
-            latents,
-            dataset.labels,
-            autoencoder,
-            dataset.class_names,
-            dataset.image_size,
-            accelerator=accelerator,
-            precision=precision,
-            output_dir=output_dir,
-            resume_from=resume_from,
-            fid_every=fid_every,
-            monitor=monitor,
-            on_metrics=partial(draw_curve, monitor, output_dir),
-        )
-    except Stopped as stopped:
-        say(str(stopped))
-        accelerator.end_training()
-        return 128 + stopped.signal_number
+    generator = train_diffusion(
+        config,
+        latents,
+        dataset.labels,
+        autoencoder,
+        dataset.class_names,
+        dataset.image_size,
+        accelerator=accelerator,
+        precision=precision,
+        output_dir=output_dir,
+        resume_from=folder.resume_from,
+        fid_every=fid_every,
+        monitor=monitor,
+        on_metrics=partial(draw_curve, monitor, output_dir),
+    )
     if accelerator.is_main_process:
         pictures = card_pictures(output_dir)
         card = render_model_card(config, dataset, generator, output_dir, precision)
@@ -130,14 +155,16 @@ def train_observer_alone(config: TrainObserverConfig) -> int:
     if config.dry_run:
         accelerator.print(f"would train {config.observer.observer_network} on {len(dataset):,} images -> {output_dir}")
         return 0
-    observer = _train_observer(config.observer, config.data, dataset, output_dir, accelerator, precision, config.seed)
+    with stop_at_once():
+        seed = config.seed
+        observer = _train_observer(config.observer, config.data, dataset, output_dir, accelerator, precision, seed)
     accelerator.print(f"{observer.accuracy:.1%} on held-out real images; use it with --observer {output_dir}")
     return 0
 
 
 def _write_run_facts(config: TrainConfig, dataset: ImageDataset, output_dir: Path) -> None:
     """Writes the settings, and what later commands must know of the data without having it."""
-    output_dir.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(output_dir)
     data_dir = None if config.data.data_dir is None else str(Path(config.data.data_dir).resolve())
     run = replace(config.run, resume_from_checkpoint=None, dry_run=False)
     write_yaml(output_dir / "config.yaml", replace(config, run=run, data=replace(config.data, data_dir=data_dir)))
@@ -160,6 +187,7 @@ def observer_of_run(
     accelerator.wait_for_everyone()  # all have looked before anyone writes
     if exists:
         observer = Observer.load(path, dataset.class_names)
+        on_main(accelerator, Checkpoints(path.with_name("observer_checkpoints"), {}).remove)  # killed before that
     elif given.observer is not None:
         observer = given.observer
         if observer.accuracy is None:
@@ -183,17 +211,17 @@ def _train_observer(
     precision: str,
     seed: int,
 ) -> Observer:
-    if accelerator.is_main_process:
-        train_observer(
-            config,
-            dataset,
-            output_dir=path,
-            device=accelerator.device,
-            precision=precision,
-            seed=seed,
-            flip=data.may_flip,
-        )
-    accelerator.wait_for_everyone()
+    work = partial(
+        train_observer,
+        config,
+        dataset,
+        output_dir=path,
+        device=accelerator.device,
+        precision=precision,
+        seed=seed,
+        flip=data.may_flip,
+    )
+    on_main(accelerator, work)
     return Observer.load(path, dataset.class_names).to(accelerator.device)
 
 
@@ -207,7 +235,11 @@ def autoencoder_of_run(
     precision: str,
 ) -> tuple[Autoencoder, LatentCache]:
     """Takes the autoencoder that the run has or was given, or trains one, and encodes every training image."""
-    path, device = output_dir / "autoencoder", accelerator.device
+    path, device, seed = output_dir / "autoencoder", accelerator.device, config.run.seed
+    perceptual = PerceptualLoss(observer) if config.autoencoder.vae_perceptual_weight else None
+    identity = {**asdict(config.autoencoder), "seed": seed, "flip": config.data.may_flip}
+    identity |= {"images": dataset.fingerprint, "perceptual": observer.fingerprint if perceptual else None}
+    checkpoints = Checkpoints(output_dir / "autoencoder_checkpoints", identity)
     exists = path.is_dir()
     accelerator.wait_for_everyone()  # all have looked before anyone writes
     if not exists:
@@ -220,9 +252,10 @@ def autoencoder_of_run(
                 dataset.pixels,
                 accelerator=accelerator,
                 precision=precision,
-                seed=config.run.seed,
+                seed=seed,
                 flip=config.data.may_flip,
-                perceptual=PerceptualLoss(observer) if config.autoencoder.vae_perceptual_weight else None,
+                checkpoints=checkpoints,
+                perceptual=perceptual,
             )
         floor = f" (patch PCA {report['psnr_pca']:.2f})" if "psnr_pca" in report else ""
         if config.autoencoder.space == "latent":
@@ -230,6 +263,7 @@ def autoencoder_of_run(
         if accelerator.is_main_process:
             autoencoders.save(autoencoder, path, **report)
         accelerator.wait_for_everyone()
+    on_main(accelerator, checkpoints.remove)
     autoencoder = autoencoders.load(path, device, precision)
     with accelerator.main_process_first():
         return build_latent_cache(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 
@@ -11,7 +12,7 @@ from ddgen.autoencoder import autoencoder as autoencoders
 from ddgen.autoencoder.autoencoder import Autoencoder, check_fits, identity, to_images
 from ddgen.autoencoder.training import build as build_autoencoder
 from ddgen.autoencoder.training import check_space
-from ddgen.checkpoint import latest_checkpoint
+from ddgen.checkpoint import checkpoint_step, is_unused, latest_checkpoint, read_json
 from ddgen.commands.runs import (
     RUNS_DIR,
     dataset_name,
@@ -40,26 +41,58 @@ class Given:
     autoencoder: Autoencoder | None
 
 
-def run_folder(config: TrainConfig) -> tuple[Path, Path | None]:
-    """Returns the run's folder and the checkpoint to go on from."""
-    output_dir = Path(config.run.output_dir or RUNS_DIR / dataset_name(config.data))
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run is written, and what is there already.
+
+    Attributes:
+        path: The folder.
+        resume_from: The checkpoint to go on from.
+        goes_on: Whether a run has been started in it.
+        finished: Whether that run is finished, with exactly these settings.
+    """
+
+    path: Path
+    resume_from: Path | None = None
+    goes_on: bool = False
+    finished: bool = False
+
+
+def run_folder(config: TrainConfig) -> RunFolder:
+    """Finds out what the output folder holds.
+
+    Raises:
+        UserError: Another run, or anything else but a run; or a checkpoint that cannot be gone on from there.
+    """
+    path = Path(config.run.output_dir or RUNS_DIR / dataset_name(config.data))
     resume = config.run.resume_from_checkpoint
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"--output_dir {output_dir}: is a file; choose another")
-    if resume is None:
-        if output_dir.exists() and any(output_dir.iterdir()):
-            raise UserError(
-                f"--output_dir {output_dir}: not empty; add --resume_from_checkpoint latest to go on, or choose another"
-            )
-        return output_dir, None
-    _check_same_recipe(config, output_dir)
-    if resume == "latest":
-        return output_dir, latest_checkpoint(output_dir / "checkpoints")
-    if not Path(resume).is_dir():
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--output_dir {path}: is a file; choose another")
+    goes_on = (path / "config.yaml").is_file()
+    if not goes_on and not is_unused(path):
+        raise UserError(f"--output_dir {path}: not empty, and not a run (no config.yaml); choose another")
+    changed = _changed_settings(config, path) if goes_on else {}
+    if changed:
+        _check_may_change(config, path, changed)
+    latest = latest_checkpoint(path / "checkpoints")
+    if resume not in (None, "latest"):
+        return RunFolder(path, _explicit_checkpoint(Path(str(resume)), path, latest), goes_on)
+    finished = not changed and (path / "generator" / "model_index.json").is_file()
+    return RunFolder(path, latest, goes_on, finished)
+
+
+def _explicit_checkpoint(resume: Path, path: Path, latest: Path | None) -> Path:
+    if not resume.is_dir():
         raise UserError(
             f"--resume_from_checkpoint {resume}: no such folder; give `latest` or a checkpoints/step-* folder"
         )
-    return output_dir, Path(resume)
+    state = resume / "state.json"
+    if latest is not None and state.is_file() and checkpoint_step(latest) > read_json(state)["step"]:
+        raise UserError(
+            f"--resume_from_checkpoint {resume}: {latest} is later, and would be taken next time;"
+            " use another --output_dir, or delete what is later"
+        )
+    return resume
 
 
 # What a resumed run may do otherwise than the run it resumes: where things are, what is watched, how it is spread.
@@ -73,18 +106,38 @@ _MAY_CHANGE = {
 _OF_OBSERVER = {"observer", *(name for name in vars(ObserverConfig()) if name.startswith("observer_"))}
 
 
-def _check_same_recipe(config: TrainConfig, output_dir: Path) -> None:
-    """Refuses to go on with other settings than the run was started with."""
-    if not (output_dir / "config.yaml").is_file():
-        return
-    before, now = to_flat_dict(read_run_config(output_dir)), to_flat_dict(config)
-    # Without an observer in the run yet, one that was too weak may be trained otherwise.
-    free = _MAY_CHANGE | (set() if (output_dir / "observer").is_dir() else _OF_OBSERVER)
-    for name in sorted(now.keys() - free):
-        if before[name] != now[name]:
+def _changed_settings(config: TrainConfig, path: Path) -> dict[str, tuple[Any, Any]]:
+    """Returns what a run was started with and what is asked for now, where they differ; where things are may differ."""
+    before, now = to_flat_dict(read_run_config(path)), to_flat_dict(config)
+    names = sorted(now.keys() - {"output_dir", "resume_from_checkpoint", "dry_run", "data_dir", "cache_dir"})
+    return {name: (before[name], now[name]) for name in names if before[name] != now[name]}
+
+
+def _check_may_change(config: TrainConfig, path: Path, changed: dict[str, tuple[Any, Any]]) -> None:
+    """Refuses to go on with other settings than the run was started with, or without being asked to."""
+    # Without anything of an observer in the run yet, one that was too weak may be trained otherwise.
+    begun = (path / "observer").is_dir() or (path / "observer_checkpoints").is_dir()
+    free = _MAY_CHANGE | (set() if begun else _OF_OBSERVER)
+    for name, (before, now) in changed.items():
+        if name not in free:
             raise UserError(
-                f"--{name} {now[name]}: {output_dir} was started with {before[name]}; use that, or another --output_dir"
+                f"--{name} {now}: {path} was started with {before}; use that, or another --output_dir for a new run"
             )
+    if config.run.resume_from_checkpoint is None:
+        name, (before, now) = next(iter(changed.items()))
+        raise UserError(
+            f"--{name} {now}: {path} was started with {before}; add --resume_from_checkpoint latest to go on otherwise,"
+            " or use another --output_dir for a new run"
+        )
+
+
+def check_same_images(path: Path, dataset: ImageDataset) -> None:
+    """Refuses to go on with other images than the run was started with."""
+    facts = path / "dataset.json"
+    if facts.is_file() and read_json(facts)["fingerprint"] != dataset.fingerprint:
+        raise UserError(
+            f"--dataset {dataset.name}: other images than {path} was started with; use those, or another --output_dir"
+        )
 
 
 def check_training(config: TrainConfig, dataset: ImageDataset, accelerator: Accelerator, precision: str) -> Given:

@@ -73,6 +73,12 @@ def build_scheduler(config: DenoiserConfig) -> DDIMScheduler | FlowMatchEulerDis
     )
 
 
+def micro_batch(size: int, number: int, process: int, num_processes: int) -> slice:
+    """Returns where in the global batch a process's micro-batch `number` of `size` images stands."""
+    start = (number * num_processes + process) * size
+    return slice(start, start + size)
+
+
 def draw(config: DenoiserConfig, seed: int, step: int, shape: tuple[int, ...], num_timesteps: int) -> Draws:
     """Draws the randomness of optimizer step `step` for a global batch of latents of `shape` (b, d, h, w)."""
     source = torch_generator(seed, "diffusion", "step", step)

@@ -16,16 +16,17 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm import tqdm
 
-from ddgen.checkpoint import latest_checkpoint, write_bytes
 from ddgen.config import TrainConfig
 from ddgen.diffusion.flops import flops_per_image
 from ddgen.diffusion.generator import Generator
-from ddgen.diffusion.objective import learning_rate
+from ddgen.diffusion.objective import learning_rate, micro_batch
 from ddgen.diffusion.posthoc import Snapshots, take_weights
 from ddgen.diffusion.run import TrainingRun
 from ddgen.errors import UserError
 from ddgen.grids import image_grid
 from ddgen.hardware import device_name, peak_flops, readable_flops
+from ddgen.resume import LossWatch, full_disk_explained, name_images
+from ddgen.seeds import batch_indices
 
 Monitor = Callable[[Tensor, Tensor], dict[str, float]]
 GRID_COLUMNS, GRID_ROWS = 8, 10
@@ -43,6 +44,8 @@ class Report:
         fid_every: int,
         monitor: Monitor | None,
         on_metrics: Callable[[Path], None] | None,
+        *,
+        num_images: int,
     ) -> None:
         """Starts where the run stands.
 
@@ -54,12 +57,14 @@ class Report:
             fid_every: See `train_diffusion`.
             monitor: See `train_diffusion`.
             on_metrics: See `train_diffusion`.
+            num_images: How many images there are to train on.
         """
         self.config, self.run, self.accelerator = config, run, accelerator
         self.fid_every, self.monitor, self.on_metrics = fid_every, monitor, on_metrics
         self.metrics_path = run.output_dir / "metrics.jsonl"
         self.sampled = sampled
-        self.losses: list[Tensor] = []
+        self.num_images = num_images
+        self.watch = LossWatch(accelerator, self._not_finite)
         self.norm = torch.zeros(())
         self.flops = flops_per_image(sampled.unet)
         self.peak = peak_flops(device_name(accelerator.device), sampled.precision)
@@ -74,25 +79,26 @@ class Report:
             disable=not accelerator.is_main_process,
         )
         if accelerator.is_main_process:
-            _truncate_metrics(self.metrics_path, run)
+            _remember_distances(self.metrics_path, run)
 
-    def at_boundary(self) -> bool:
-        """Whether processes may talk to each other at this step without slowing training down."""
-        return self.accelerator.num_processes == 1 or self.run.step % 10 == 0
-
-    def after_step(self, loss: Tensor, norm: Tensor) -> None:
-        """Takes the loss and the gradient norm of a step, and does what is due at it."""
+    def after_step(self, losses: list[Tensor], norm: Tensor) -> None:
+        """Takes a step's loss of every micro-batch and its gradient norm, all scalars, and does what is due at it."""
         monitor, step = self.config.monitor, self.run.step
-        self.losses.append(loss)
         self.norm = norm
+        # The scaler of fp16 skips a step whose gradient is not finite; elsewhere the weights are lost with it.
+        self.watch.add(torch.stack(losses if self.run.scaler is not None else [*losses, norm]))
         self.bar.update(self.config.optimizer.train_batch_size)
         last = step == self.config.optimizer.max_train_steps
         if step % monitor.log_every == 0 or last:
             self._log_loss()
         every = monitor.sample_every if monitor.sample_every is not None else self.fid_every
-        if every and (step % every == 0 or last) and self.accelerator.is_main_process:
+        sample = bool(every) and (step % every == 0 or last)
+        measure = bool(self.fid_every) and (step % self.fid_every == 0 or last)
+        if sample or measure:
+            self.settle(step)
+        if sample and self.accelerator.is_main_process:
             self._without_clock(self._save_grid)
-        if self.fid_every and (step % self.fid_every == 0 or last):
+        if measure:
             self.curve_seconds += self._without_clock(self._measure_distance)
             if last and self.accelerator.is_main_process:
                 share = self.curve_seconds / (time.perf_counter() - self.started)
@@ -107,20 +113,42 @@ class Report:
         """Ends the progress bar."""
         self.bar.close()
 
+    def settle(self, step: int) -> None:
+        """Looks at the losses and gradient norms of the steps since the last look; `step` have been done.
+
+        Raises:
+            UserError: One is not finite.
+        """
+        rows = self.watch.settle(step)[..., : self.config.optimizer.gradient_accumulation_steps]
+        self.run.open_losses += rows.sum(2).mean(1).tolist()  # of (n, world, micro-batches)
+
+    def _not_finite(self, step: int, process: int, column: int) -> UserError:
+        """Names what went into a value that is not finite; the last column is the gradient norm, of the whole batch."""
+        optim, world = self.config.optimizer, self.accelerator.num_processes
+        batch_size, count = optim.train_batch_size, optim.gradient_accumulation_steps
+        where, part, what = slice(0, batch_size), "", "gradient norm"
+        if column < count:
+            where = micro_batch(batch_size // (count * world), column, process, world)
+            part = f"micro-batch {column + 1} of {count}, process {process} of {world}, "
+            what = "loss"
+        start = (step - 1) * batch_size
+        chosen = batch_indices(self.config.run.seed, "diffusion", start, batch_size, self.num_images)[where].tolist()
+        cure = "a lower --learning_rate in another --output_dir"
+        if self.sampled.precision != "no":
+            cure = f"--resume_from_checkpoint latest --mixed_precision no, or {cure}"
+        return UserError(
+            f"step {step}: the {what} is not finite for {name_images(chosen)} ({part}positions {start + where.start} to"
+            f" {start + where.stop - 1} of the order); last good checkpoint: {self.run.checkpoints.latest() or 'none'};"
+            f" try {cure}"
+        )
+
     def _log_loss(self) -> None:
-        mean = torch.stack(self.losses).mean()
-        if self.accelerator.num_processes > 1:
-            mean = self.accelerator.reduce(mean, reduction="mean")
-        value = mean.item()
-        if not math.isfinite(value):
-            last_good = latest_checkpoint(self.run.checkpoints_dir)
-            raise UserError(
-                f"loss {value} in steps {self.run.step - len(self.losses) + 1} to {self.run.step}:"
-                f" lower --learning_rate or use --mixed_precision no; last good checkpoint: {last_good or 'none'}"
-            )
+        self.settle(self.run.step)
+        value = math.fsum(self.run.open_losses) / len(self.run.open_losses)
+        self.run.open_losses = []
         steps, seconds = self.run.step - self.clock_step, time.perf_counter() - self.clock
         rate = steps * self.config.optimizer.train_batch_size / max(seconds, 1e-9)
-        self.losses, self.clock, self.clock_step = [], time.perf_counter(), self.run.step
+        self.clock, self.clock_step = time.perf_counter(), self.run.step
         flops = rate * self.flops / self.accelerator.num_processes
         speed = readable_flops(flops, self.peak)
         self.bar.set_postfix_str(f"step {self.run.step}, loss {value:.4f}, {speed}", refresh=False)
@@ -240,27 +268,22 @@ class Report:
     def _write(self, values: Mapping[str, float | None]) -> None:
         if not self.accelerator.is_main_process:
             return
-        with open(self.metrics_path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": self.run.step, **values}, allow_nan=False) + "\n")
+        line = json.dumps({"step": self.run.step, **values}, allow_nan=False) + "\n"
+        with (
+            full_disk_explained(self.run.output_dir, len(line)),
+            open(self.metrics_path, "a", encoding="utf-8") as file,
+        ):
+            file.write(line)
             file.flush()
             os.fsync(file.fileno())
         self.accelerator.log({k: v for k, v in values.items() if v is not None}, step=self.run.step)
 
 
-def _truncate_metrics(path: Path, run: TrainingRun) -> None:
-    """Drops the lines of metrics.jsonl that a resumed run will write again, and remembers the distances before it."""
-    if not path.is_file():
-        return
-    kept = []
+def _remember_distances(path: Path, run: TrainingRun) -> None:
+    """Reads the points of the FID curve so far."""
     for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            values = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # the line that was being written when the run was killed
-        if values["step"] <= run.step:
-            kept.append(line)
-            for std in run.ema.averages:
-                names = [n for n in values if n.endswith(f"/ema_{std}")]
-                if names:
-                    run.add_distance(names[0].removesuffix(f"/ema_{std}"), std, values["step"], values[names[0]])
-    write_bytes(path, "".join(line + "\n" for line in kept).encode())
+        values = json.loads(line)
+        for std in run.ema.averages:
+            names = [name for name in values if name.endswith(f"/ema_{std}")]
+            if names:
+                run.add_distance(names[0].removesuffix(f"/ema_{std}"), std, values["step"], values[names[0]])

@@ -10,17 +10,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers import UNet2DModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from ddgen.autoencoder.latents import LatentCache
-from ddgen.checkpoint import atomic_dir, checkpoint_dir, read_json, write_json
 from ddgen.config import TrainConfig
 from ddgen.diffusion.ema import PowerEMA
 from ddgen.diffusion.unet import build_unet
-from ddgen.errors import UserError
 from ddgen.precision import memory_format
+from ddgen.resume import METRICS_NAME, Checkpoints, Snapshot
 from ddgen.seeds import derive
 
 
@@ -32,11 +28,12 @@ class TrainingRun:
         unet: The denoiser, float32.
         optimizer: AdamW.
         ema: Averages of the denoiser's weights.
-        step: Optimizer steps done.
         output_dir: The run folder.
-        identity: What must be the same in a run and in its resumption.
+        checkpoints: Where it is saved, and what must be the same in a run and in its resumption.
+        step: Optimizer steps done.
         scaler: Loss scaler of fp16, otherwise None.
         metric: Name of the distance that the FID curve shows.
+        open_losses: Loss of every step since the last line of metrics.jsonl, as far as anyone has looked.
         distances: "ema_<std>" -> (step, distance from the real images) of every point of the FID curve.
     """
 
@@ -44,10 +41,11 @@ class TrainingRun:
     optimizer: torch.optim.Optimizer
     ema: PowerEMA
     output_dir: Path
-    identity: dict[str, Any]
+    checkpoints: Checkpoints
     step: int = 0
     scaler: Any = None
     metric: str = ""
+    open_losses: list[float] = field(default_factory=list)
     distances: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
 
     @classmethod
@@ -78,27 +76,21 @@ class TrainingRun:
             fused=True,
         )
         ema = PowerEMA(list(unet.parameters()), optim.ema_stds)
-        identity = _identity(config, latents, class_names)
-        return cls(unet, optimizer, ema, output_dir, identity, scaler=accelerator.scaler)
+        checkpoints = Checkpoints(
+            output_dir / "checkpoints",
+            _identity(config, latents, class_names),
+            metrics_path=output_dir / METRICS_NAME,
+            keep=config.run.checkpoints_total_limit,
+        )
+        return cls(unet, optimizer, ema, output_dir, checkpoints, scaler=accelerator.scaler)
 
-    @property
-    def checkpoints_dir(self) -> Path:
-        return self.output_dir / "checkpoints"
-
-    def save(self) -> Path:
-        """Writes a checkpoint; complete or not at all."""
-        path = checkpoint_dir(self.checkpoints_dir, self.step)
-        if path.exists():
-            return path
-        with atomic_dir(path) as temporary:
-            _save_tensors(self.unet.state_dict(), temporary / "unet.safetensors")
-            names = [name for name, _ in self.unet.named_parameters()]
-            for std, average in self.ema.averages.items():
-                _save_tensors(dict(zip(names, average, strict=True)), temporary / f"ema_{std}.safetensors")
-            torch.save(self.optimizer.state_dict(), temporary / "optimizer.pt")
-            scaler = self.scaler.state_dict() if self.scaler is not None else None
-            write_json(temporary / "state.json", {"step": self.step, "identity": self.identity, "scaler": scaler})
-        return path
+    def snapshot(self) -> Snapshot:
+        """Returns what a checkpoint holds."""
+        names = [name for name, _ in self.unet.named_parameters()]
+        averages = {f"ema_{std}": dict(zip(names, tensors, strict=True)) for std, tensors in self.ema.averages.items()}
+        scaler = self.scaler.state_dict() if self.scaler is not None else None
+        facts = {"scaler": scaler, "open_losses": self.open_losses}
+        return Snapshot(self.step, {"unet": self.unet.state_dict(), **averages}, self.optimizer.state_dict(), facts)
 
     def add_distance(self, metric: str, std: float, step: int, distance: float) -> None:
         """Adds a point to the FID curve; one of another distance starts it anew, since they do not compare."""
@@ -106,47 +98,18 @@ class TrainingRun:
             self.metric, self.distances = metric, {}
         self.distances.setdefault(f"ema_{std}", []).append((step, distance))
 
-    def load(self, path: Path) -> None:
-        """Goes back to a checkpoint.
-
-        Raises:
-            UserError: It is not a checkpoint, or of another run.
-        """
-        if not (path / "state.json").is_file():
-            raise UserError(
-                f"--resume_from_checkpoint {path}: not a checkpoint; give `latest` or a checkpoints/step-* folder"
-            )
-        state = read_json(path / "state.json")
-        for name, value in self.identity.items():
-            if state["identity"].get(name) != value:
-                raise UserError(
-                    f"--resume_from_checkpoint {path}: was made with {name} {state['identity'].get(name)}, not {value};"
-                    " use the same settings, or another --output_dir for a new run"
-                )
-        try:
-            self._load_tensors(path)
-        except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
-            cause = " ".join(str(error).split())[:160]
-            raise UserError(
-                f"--resume_from_checkpoint {path}: damaged ({cause}); delete it, go on from another"
-            ) from None
-        if self.scaler is not None and state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
-        self.step = state["step"]
-
-    def _load_tensors(self, path: Path) -> None:
-        self.unet.load_state_dict(load_file(path / "unet.safetensors"))
+    def go_back(self, saved: Snapshot) -> None:
+        """Takes everything from a snapshot."""
+        self.unet.load_state_dict(saved.tensors["unet"])
         names = [name for name, _ in self.unet.named_parameters()]
         for std, average in self.ema.averages.items():
-            saved = load_file(path / f"ema_{std}.safetensors")
             for name, tensor in zip(names, average, strict=True):
-                tensor.copy_(saved[name])
-        self.optimizer.load_state_dict(torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu"))
-
-
-def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Writes safetensors, which hold no channels-last layout."""
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+                tensor.copy_(saved.tensors[f"ema_{std}"][name])
+        self.optimizer.load_state_dict(saved.optimizer)
+        if self.scaler is not None and saved.facts["scaler"]:
+            self.scaler.load_state_dict(saved.facts["scaler"])
+        self.open_losses = list(saved.facts["open_losses"])
+        self.step = saved.step
 
 
 def _identity(config: TrainConfig, latents: LatentCache, class_names: tuple[str, ...]) -> dict[str, Any]:
@@ -154,9 +117,4 @@ def _identity(config: TrainConfig, latents: LatentCache, class_names: tuple[str,
     settings = {**dataclasses.asdict(config.denoiser), **dataclasses.asdict(config.optimizer)}
     for name in ("mixed_precision", "gradient_accumulation_steps", "torch_compile"):
         del settings[name]
-    settings |= {
-        "seed": config.run.seed,
-        "class_names": class_names,
-        "latents": latents.fingerprint,
-    }
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+    return settings | {"seed": config.run.seed, "class_names": class_names, "latents": latents.fingerprint}

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import closing, nullcontext
 from pathlib import Path
-from types import FrameType
 
 import torch
 from accelerate import Accelerator
@@ -15,30 +13,18 @@ from torch import Tensor
 
 from ddgen.autoencoder.autoencoder import Autoencoder
 from ddgen.autoencoder.latents import LatentCache
-from ddgen.checkpoint import latest_checkpoint, prune_checkpoints
 from ddgen.config import TrainConfig
 from ddgen.diffusion.batches import Batches
 from ddgen.diffusion.generator import Generator
-from ddgen.diffusion.objective import DiffusionLoss, build_scheduler, learning_rate
+from ddgen.diffusion.objective import DiffusionLoss, build_scheduler, learning_rate, micro_batch
 from ddgen.diffusion.pipeline import Schedule
 from ddgen.diffusion.posthoc import Snapshots
 from ddgen.diffusion.report import Monitor, Report
 from ddgen.diffusion.run import TrainingRun
 from ddgen.errors import UserError
-
-
-class Stopped(Exception):
-    """Training was asked to stop and has saved a checkpoint.
-
-    Attributes:
-        signal_number: The signal that asked, for the exit code 128 + signal_number.
-    """
-
-    def __init__(self, signal_number: int, checkpoint: Path) -> None:
-        super().__init__(
-            f"stopped; go on with the same command and --resume_from_checkpoint latest ({checkpoint.name})"
-        )
-        self.signal_number = signal_number
+from ddgen.resume import Keeper
+from ddgen.seeds import derive
+from ddgen.stopping import note_signals
 
 
 def train_diffusion(
@@ -80,11 +66,11 @@ def train_diffusion(
         The generator, in eval mode.
 
     Raises:
-        UserError: Settings that cannot be honoured, or a loss that is not finite.
+        UserError: Settings that cannot be honoured, a loss that is not finite, or a full disk.
         Stopped: SIGTERM or Ctrl-C; a checkpoint has been written.
     """
     # --- set up
-    device, optim = accelerator.device, config.optimizer
+    device, optim, seed = accelerator.device, config.optimizer, config.run.seed
     run = TrainingRun.start(
         config, latents, class_names, accelerator=accelerator, precision=precision, output_dir=output_dir
     )
@@ -96,11 +82,12 @@ def train_diffusion(
 
     # --- load
     if resume_from is not None:
-        run.load(resume_from)
-        accelerator.print(f"resumed from {resume_from.name}")
+        run.checkpoints.load(resume_from, run.go_back)
+    if accelerator.is_main_process:
+        run.checkpoints.tidy(resume_from)
     copied = copy.deepcopy(run.unet).eval().requires_grad_(False)
     sampled = Generator(copied, autoencoder, scheduler, class_names, image_size, config.guidance, precision)
-    report = Report(config, run, sampled, accelerator, fid_every, monitor, on_metrics)
+    report = Report(config, run, sampled, accelerator, fid_every, monitor, on_metrics, num_images=len(labels))
     names = [name for name, _ in run.unet.named_parameters()]
     snapshots = Snapshots(output_dir / "ema_snapshots", names, optim.ema_stds, optim.max_train_steps)
     if optim.compiles_on(device.type):
@@ -109,17 +96,28 @@ def train_diffusion(
     unet.train()
 
     # --- loop
-    with _stop_signals() as stopping, closing(report), closing(batches):
+    with note_signals() as noted, closing(report), closing(batches):
+        keeper = Keeper(
+            run.checkpoints,
+            lambda _: run.snapshot(),
+            report.settle,
+            noted,
+            accelerator,
+            last=optim.max_train_steps,
+            every=config.run.checkpointing_steps,
+        )
         while run.step < optim.max_train_steps:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(optim, run.step)
-            total = torch.zeros((), device=device)
+            if config.denoiser.unet_dropout:
+                torch.manual_seed(derive(seed, "diffusion", "dropout", run.step, accelerator.process_index))
+            losses = []
             parts = batches.at(run.step)
             for number, part in enumerate(parts):
                 with accelerator.no_sync(unet) if number < len(parts) - 1 else nullcontext():
                     loss = objective(unet, part.latents, part.labels, part.draws) / len(parts)
                     accelerator.backward(loss)
-                total += loss.detach()
+                losses.append(loss.detach())
             norm = accelerator.clip_grad_norm_(run.unet.parameters(), optim.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -129,15 +127,8 @@ def train_diffusion(
             # --- report and save
             if optim.posthoc_ema_stds and accelerator.is_main_process:
                 snapshots.save(run.ema, run.step)
-            report.after_step(total, norm)
-            stop = _any_process(accelerator, stopping.get("signal", 0)) if report.at_boundary() else 0
-            if run.step % config.run.checkpointing_steps == 0 or run.step == optim.max_train_steps or stop:
-                if accelerator.is_main_process:
-                    run.save()
-                    prune_checkpoints(run.checkpoints_dir, config.run.checkpoints_total_limit)
-                accelerator.wait_for_everyone()
-            if stop:
-                raise Stopped(stop, latest_checkpoint(run.checkpoints_dir) or output_dir)
+            report.after_step(losses, norm)
+            keeper.after_step(run.step)
     best = best_ema(run.distances, optim.ema_stds)
     return report.choose_width(snapshots, best) if optim.posthoc_ema_stds else report.generator(best)
 
@@ -150,37 +141,11 @@ def best_ema(distances: dict[str, list[tuple[int, float]]], stds: tuple[float, .
 
 def micro_batches(batch_size: int, accumulation: int, accelerator: Accelerator) -> list[slice]:
     """Returns this process's part of the global batch, cut into micro-batches."""
-    parts = accumulation * accelerator.num_processes
+    world = accelerator.num_processes
+    parts = accumulation * world
     if batch_size % parts:
         raise UserError(
             f"--train_batch_size {batch_size}: must be a multiple of {parts}"
-            f" ({accelerator.num_processes} processes x {accumulation} accumulation steps)"
+            f" ({world} processes x {accumulation} accumulation steps)"
         )
-    size, rank = batch_size // parts, accelerator.process_index
-    starts = [(number * accelerator.num_processes + rank) * size for number in range(accumulation)]
-    return [slice(start, start + size) for start in starts]
-
-
-@contextmanager
-def _stop_signals() -> Iterator[dict[str, int]]:
-    """Notes SIGTERM and Ctrl-C instead of dying, so that a checkpoint can be written first; a second Ctrl-C kills."""
-    received: dict[str, int] = {}
-
-    def note(number: int, _: FrameType | None) -> None:
-        if "signal" in received:
-            raise KeyboardInterrupt
-        received["signal"] = number
-
-    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def _any_process(accelerator: Accelerator, value: int) -> int:
-    if accelerator.num_processes == 1:
-        return value
-    values = accelerator.gather(torch.tensor([value], device=accelerator.device))
-    return int(values.max())
+    return [micro_batch(batch_size // parts, n, accelerator.process_index, world) for n in range(accumulation)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -20,7 +20,9 @@ from ddgen.observer.networks import build_network, uses_channels_last
 from ddgen.observer.observer import Observer, Triple
 from ddgen.observer.realism import check_observer, measure_accuracy
 from ddgen.precision import autocast
+from ddgen.resume import Checkpoints, Keeper, LossWatch, Snapshot, name_images
 from ddgen.seeds import batch_indices, derive, torch_generator
+from ddgen.stopping import note_signals
 
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
@@ -50,7 +52,8 @@ def train_observer(
     Args:
         config: Network, epochs, batch size, learning rate, input size, held-out part.
         dataset: The real training split.
-        output_dir: Folder to create; one line per epoch goes to ``<output_dir>_metrics.jsonl`` beside it.
+        output_dir: Folder to create; one line per epoch goes to ``<output_dir>_metrics.jsonl`` beside it. A training
+            that was stopped left its checkpoints in ``<output_dir>_checkpoints`` and goes on from there.
         device: Where to train.
         precision: See `ddgen.precision`; weights are float32.
         seed: The user's seed.
@@ -61,7 +64,9 @@ def train_observer(
         The observer, in eval mode on `device`, with `accuracy`.
 
     Raises:
-        UserError: Impossible settings, a folder that exists, a loss that is not finite, or an accuracy near chance.
+        UserError: Impossible settings, a folder that exists, a loss that is not finite, an accuracy near chance,
+            checkpoints of another training, or a full disk.
+        Stopped: SIGTERM or Ctrl-C; a checkpoint has been written.
     """
     _check_settings(config, output_dir)
     train_indices, holdout_indices = split_holdout(dataset, config.observer_holdout, seed)
@@ -78,10 +83,20 @@ def train_observer(
         torch.manual_seed(derive(seed, "observer-weights"))
         observer = _new_observer(config, dataset, train_indices).to(device)
         run = _Run(config, dataset, train_indices, holdout_indices, device, precision, seed, flip)
-        _loop(run, observer, output_dir.with_name(output_dir.name + "_metrics.jsonl"), progress)
+        checkpoints = Checkpoints(
+            output_dir.with_name(output_dir.name + "_checkpoints"),
+            {**asdict(config), "seed": seed, "flip": flip, "images": dataset.fingerprint},
+            metrics_path=output_dir.with_name(output_dir.name + "_metrics.jsonl"),
+        )
+        _loop(run, observer, checkpoints, progress)
     observer.eval()
-    check_observer(observer, dataset.class_names)  # before it is saved: a run goes on with the observer it finds
+    try:
+        check_observer(observer, dataset.class_names)  # before it is saved: a run goes on with the observer it finds
+    except UserError:
+        checkpoints.remove()  # going on would end here again
+        raise
     observer.save(output_dir)
+    checkpoints.remove()
     return observer
 
 
@@ -109,6 +124,12 @@ class _Run:
     @property
     def num_steps(self) -> int:
         return self.steps_until(self.config.observer_epochs)
+
+    def batch(self, step: int) -> Tensor:
+        """Returns which images of the dataset optimizer step `step` takes, int64 (b,)."""
+        start, count = step * self.batch_size, len(self.train_indices)
+        positions = batch_indices(self.seed, "observer-order", start, self.batch_size, count)
+        return self.train_indices[torch.from_numpy(positions)]
 
 
 def one_cycle(step: int, num_steps: int, peak: float) -> float:
@@ -202,89 +223,130 @@ def channel_statistics(pixels: Tensor, indices: Tensor) -> tuple[Triple, Triple]
     return (rounded[0][0], rounded[0][1], rounded[0][2]), (rounded[1][0], rounded[1][1], rounded[1][2])
 
 
-def _loop(run: _Run, observer: Observer, metrics_path: Path, progress: bool) -> None:
-    metrics_path.parent.mkdir(parents=True, exist_ok=True)
-    metrics_path.write_text("", encoding="utf-8")
+@dataclass
+class _State:
+    """What changes during training.
+
+    Attributes:
+        observer: In training mode.
+        optimizer: Of its weights.
+        scaler: Loss scaler of fp16.
+        watch: Losses that nobody has looked at yet.
+        epoch_loss: Sum of the current epoch's losses that have been looked at.
+    """
+
+    observer: Observer
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    watch: LossWatch
+    epoch_loss: float = 0.0
+
+    def settle(self, step: int) -> None:
+        """Looks at the losses up to `step`; raises if one is not finite."""
+        for loss in self.watch.settle(step).flatten().tolist():
+            self.epoch_loss += loss
+
+    def snapshot(self, step: int) -> Snapshot:
+        """Returns what a checkpoint holds."""
+        facts = {
+            "scaler": self.scaler.state_dict(),
+            "epoch_loss": self.epoch_loss,
+            "accuracy": self.observer.accuracy,
+        }
+        return Snapshot(step, {"observer": self.observer.state_dict()}, self.optimizer.state_dict(), facts)
+
+    def go_back(self, saved: Snapshot) -> None:
+        """Takes everything from a snapshot."""
+        self.observer.load_state_dict(saved.tensors["observer"])
+        self.optimizer.load_state_dict(saved.optimizer)
+        if saved.facts["scaler"]:
+            self.scaler.load_state_dict(saved.facts["scaler"])
+        self.epoch_loss, self.observer.accuracy = saved.facts["epoch_loss"], saved.facts["accuracy"]
+
+
+def _loop(run: _Run, observer: Observer, checkpoints: Checkpoints, progress: bool) -> None:
     pixels = _place(run.dataset.pixels, run.device)
     memory_format = torch.channels_last if uses_channels_last(observer, run.device) else torch.contiguous_format
-    observer.to(memory_format=memory_format)
+    observer.to(memory_format=memory_format).train()
     optimizer = torch.optim.SGD(
         observer.parameters(), lr=0.0, momentum=MOMENTUM, nesterov=True, weight_decay=WEIGHT_DECAY
     )
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.precision == "fp16")
+    watch = LossWatch(None, lambda step, *_: _not_finite(run, step, checkpoints))
+    state = _State(observer, optimizer, scaler, watch)
+    begin = checkpoints.go_on(state.go_back)
+    checkpoints.tidy(checkpoints.latest())
+    if begin and progress:
+        print(f"observer: going on at step {begin} of {run.num_steps}")
     bar = tqdm(
+        initial=begin * run.batch_size,
         total=run.num_steps * run.batch_size,
         desc=f"observer {run.config.observer_network}",
         unit="img",
         unit_scale=True,
         disable=not progress,
     )
-    for epoch in range(1, run.config.observer_epochs + 1):
-        steps = range(run.steps_until(epoch - 1), run.steps_until(epoch))
-        record = _epoch(run, observer, pixels, optimizer, scaler, steps, bar)
-        observer.accuracy = record["holdout_accuracy"]
-        bar.set_postfix(loss=f"{record['loss']:.3f}", accuracy=f"{observer.accuracy:.3f}")
-        with open(metrics_path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"epoch": epoch, "step": steps.stop, **record}) + "\n")
-    bar.close()
+    with note_signals() as noted, bar:
+        keeper = Keeper(checkpoints, state.snapshot, state.settle, noted, None, last=run.num_steps)
+        for epoch in range(1, run.config.observer_epochs + 1):
+            steps = range(run.steps_until(epoch - 1), run.steps_until(epoch))
+            if steps.stop <= begin:
+                continue
+            record = _epoch(run, state, pixels, steps[max(begin - steps.start, 0) :], keeper, bar)
+            record["loss"] = state.epoch_loss / len(steps)
+            state.epoch_loss, observer.accuracy = 0.0, record["holdout_accuracy"]
+            bar.set_postfix(loss=f"{record['loss']:.3f}", accuracy=f"{observer.accuracy:.3f}")
+            assert checkpoints.metrics_path is not None
+            with open(checkpoints.metrics_path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"epoch": epoch, "step": steps.stop, **record}) + "\n")
+            keeper.after_step(steps.stop)
 
 
-def _epoch(
-    run: _Run,
-    observer: Observer,
-    pixels: Tensor,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    steps: range,
-    bar: tqdm[None],
-) -> dict[str, float]:
-    observer.train()
+def _not_finite(run: _Run, step: int, checkpoints: Checkpoints) -> UserError:
+    return UserError(
+        f"--observer_learning_rate {run.config.observer_learning_rate}: the observer's loss is not finite at step"
+        f" {step}, for {name_images(run.batch(step - 1).tolist())}; lower it;"
+        f" last good checkpoint: {checkpoints.latest() or 'none'}"
+    )
+
+
+def _epoch(run: _Run, state: _State, pixels: Tensor, steps: range, keeper: Keeper, bar: tqdm[None]) -> dict[str, float]:
+    """Trains an epoch, or what is left of one; the keeper is told of all its steps but the last."""
+    state.observer.train()
     start = time.perf_counter()
-    loss_sum = torch.zeros((), device=run.device)
     for step in steps:
-        loss_sum += _step(run, observer, pixels, optimizer, scaler, step)
+        state.watch.add(_step(run, state, pixels, step).reshape(1))
         bar.update(run.batch_size)
-    loss = float(loss_sum) / max(1, len(steps))
+        if step + 1 < steps.stop:
+            keeper.after_step(step + 1)
+    state.settle(steps.stop)
     seconds = time.perf_counter() - start
-    if not math.isfinite(loss):
-        raise UserError(
-            f"--observer_learning_rate {run.config.observer_learning_rate}: the observer's loss is not finite after "
-            f"{steps.stop} steps; lower it"
-        )
     accuracy = measure_accuracy(
-        observer, run.dataset, indices=run.holdout_indices, device=run.device, precision=run.precision
+        state.observer, run.dataset, indices=run.holdout_indices, device=run.device, precision=run.precision
     )
     return {
-        "loss": loss,
-        "learning_rate": optimizer.param_groups[0]["lr"],
+        "learning_rate": state.optimizer.param_groups[0]["lr"],
         "holdout_accuracy": accuracy,
         "images_per_second": len(steps) * run.batch_size / seconds,
         "seconds": seconds,
     }
 
 
-def _step(
-    run: _Run,
-    observer: Observer,
-    pixels: Tensor,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    step: int,
-) -> Tensor:
-    positions = batch_indices(run.seed, "observer-order", step * run.batch_size, run.batch_size, len(run.train_indices))
-    indices = run.train_indices[torch.from_numpy(positions)]
+def _step(run: _Run, state: _State, pixels: Tensor, step: int) -> Tensor:
+    indices, optimizer = run.batch(step), state.optimizer
+    torch.manual_seed(derive(run.seed, "observer-dropout", step))
     batch = augment(pixels, indices, torch_generator(run.seed, "observer-augment", step), flip=run.flip)
     images = batch.to(run.device).float().div_(255)
     labels = run.dataset.labels[indices].to(run.device)
     for group in optimizer.param_groups:
         group["lr"] = one_cycle(step, run.num_steps, run.config.observer_learning_rate)
     with autocast(run.device, run.precision):
-        logits = observer(images)
+        logits = state.observer(images)
     loss = F.cross_entropy(logits.float(), labels, label_smoothing=LABEL_SMOOTHING)
     optimizer.zero_grad(set_to_none=True)
-    scaler.scale(loss).backward()
-    scaler.step(optimizer)
-    scaler.update()
+    state.scaler.scale(loss).backward()
+    state.scaler.step(optimizer)
+    state.scaler.update()
     return loss.detach()
 
 
