@@ -21,7 +21,7 @@ from ddgen.diffusion.posthoc import Snapshots
 from ddgen.diffusion.report import Monitor, Report
 from ddgen.diffusion.run import TrainingRun
 from ddgen.errors import UserError
-from ddgen.resume import Keeper
+from ddgen.resume import Keeper, fix_order_of_sums
 from ddgen.seeds import batch_indices, derive
 from ddgen.stopping import note_signals
 
@@ -91,6 +91,9 @@ def train_diffusion(
     snapshots = Snapshots(output_dir / "ema_snapshots", names, optim.ema_stds, optim.max_train_steps)
     unet, optimizer = accelerator.prepare(run.unet, run.optimizer)
     unet.train()
+    some = draw(config.denoiser, seed, 0, shape, len(schedule.times)).part(slices[0]).to(device)
+    any_class = torch.zeros(len(some.noise), dtype=torch.long, device=device)
+    fix_order_of_sums(accelerator, unet, lambda: objective(unet, some.noise, any_class, some))
 
     # --- loop
     with note_signals() as noted, closing(report):
