@@ -13,7 +13,7 @@ from typing import Any
 
 from ddgen.config import EvaluateConfig, SampleConfig, TrainConfig, TrainObserverConfig, parse
 from ddgen.errors import Stopped, UserError
-from ddgen.launch import start_asked_for_processes
+from ddgen.launch import start_asked_for_processes, stop_with_launcher
 
 COMMANDS: dict[str, tuple[type, str, str]] = {
     "train": (TrainConfig, "train:train", "train the observer, the autoencoder and the diffusion model"),
@@ -29,6 +29,7 @@ def run(command: str, argv: list[str] | None = None, prog: str | None = None) ->
     try:
         config: Any = parse(COMMANDS[command][0], argv, prog or f"ddgen {command}")
         if argv is None:
+            stop_with_launcher()
             start_asked_for_processes()
         return _command(command)(config)
     except UserError as error:
@@ -55,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     if args[0] not in COMMANDS:
         return _complain(UserError(f"{args[0]}: unknown command; one of {', '.join(COMMANDS)}"))
     if argv is None:
+        stop_with_launcher()
         start_asked_for_processes()
     return run(args[0], args[1:])
 

@@ -5,11 +5,15 @@ launcher leaves the rest to MPI). So that the command does what it says, that on
 
 ``accelerate launch`` without ``--cpu``, on a machine without a GPU, sets OMP_NUM_THREADS to 1 where nobody asked for
 it, which leaves all cores but one idle.
+
+``accelerate launch`` of a single process passes no signal on: stopped by SIGTERM, it would leave the training running.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import socket
 import sys
 
@@ -22,6 +26,13 @@ def start_asked_for_processes() -> None:
     if count > 1:
         launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(count), "--master_port", _free_port()]
         os.execv(sys.executable, [sys.executable, *launcher, *sys.argv])
+
+
+def stop_with_launcher() -> None:
+    """Has the kernel send SIGTERM to this process when the launcher that started it ends, however it ends (Linux)."""
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
 def asked_for_cpu() -> bool:

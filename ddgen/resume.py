@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddgen.checkpoint import (
     atomic_dir,
@@ -296,6 +296,22 @@ def on_main(accelerator: Accelerator | None, work: Callable[[], Any]) -> None:
         broadcast_object_list(failed)
     if failed[0] is not None:
         raise failed[0]
+
+
+def fix_order_of_sums(accelerator: Accelerator, network: nn.Module, loss: Callable[[], Tensor]) -> None:
+    """Has a distributed network regroup its gradients before the first step, new or resumed, instead of after it.
+
+    DistributedDataParallel groups gradients anew after its first backward pass. In which order those of three and more
+    processes are added up, and so how they are rounded, depends on the groups; two are the same either way round.
+
+    Args:
+        accelerator: Processes that train together.
+        network: Prepared.
+        loss: Of any batch; its gradients are thrown away.
+    """
+    if accelerator.num_processes > 2:
+        accelerator.backward(loss())
+        network.zero_grad(set_to_none=True)
 
 
 @contextmanager

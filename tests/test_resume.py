@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ def test_killed_at_any_write_of_a_checkpoint_a_run_goes_on_exactly(whole: Path) 
         assert differences(writes / str(count), writes / "whole") == [], f"killed at write {count}"
 
 
-TWO_PROCESSES = """
+PROCESSES = """
 import os, signal, sys
 from ddgen.launch import start_asked_for_processes
 start_asked_for_processes()
@@ -150,10 +151,12 @@ print("CODES", *codes, flush=True)
 """
 
 
-def test_two_processes_stop_together_and_go_on_exactly(tmp_path: Path) -> None:
-    (tmp_path / "thrice.py").write_text(TWO_PROCESSES)
-    launch = ["accelerate.commands.launch", "--num_processes", "2", "--cpu", "--num_cpu_threads_per_process", "1"]
+def test_three_processes_stop_together_and_go_on_exactly(tmp_path: Path) -> None:
+    """Three, because a sum of two does not depend on its order."""
+    (tmp_path / "thrice.py").write_text(PROCESSES)
+    launch = ["accelerate.commands.launch", "--num_processes", "3", "--cpu", "--num_cpu_threads_per_process", "1"]
     recipe = [*NO_CURVE, "--max_train_steps", "12", "--checkpointing_steps", "12"]
+    recipe += ["--train_batch_size", "12", "--vae_batch_size", "6"]
     done = subprocess.run(
         [sys.executable, "-m", *launch, "thrice.py", *recipe],
         cwd=tmp_path,
@@ -162,7 +165,7 @@ def test_two_processes_stop_together_and_go_on_exactly(tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("CODES 0 143 0\n") == 2
+    assert done.stdout.count("CODES 0 143 0\n") == 3
     assert "stopped at step 10 of 12" in done.stdout and "going on with cut at step 10 of 12" in done.stdout
     assert differences(tmp_path / "cut", tmp_path / "whole") == []
 
@@ -383,6 +386,31 @@ def test_signals_are_noted_in_a_training_and_stop_at_once_elsewhere() -> None:
     with pytest.raises(Stopped) as stopped, stop_at_once():
         os.kill(os.getpid(), signal.SIGINT)
     assert stopped.value.signal_number == signal.SIGINT
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux sends it")
+def test_a_training_is_stopped_with_its_launcher(tmp_path: Path) -> None:
+    """``accelerate launch`` passes no signal on to a single process."""
+    (tmp_path / "training.py").write_text(
+        "import signal, time\nfrom pathlib import Path\nfrom ddgen.launch import stop_with_launcher\n"
+        "signal.signal(signal.SIGTERM, lambda number, _: Path('stopped').write_text(str(number)))\n"
+        "stop_with_launcher()\nprint('ready', flush=True)\ntime.sleep(60)\n"
+    )
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", f"import subprocess; subprocess.call([{sys.executable!r}, 'training.py'])"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_MIXED_PRECISION": "no"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert launcher.stdout is not None and launcher.stdout.readline() == "ready\n"
+    launcher.terminate()
+    launcher.wait()
+    launcher.stdout.close()
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "stopped").is_file() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert (tmp_path / "stopped").read_text() == str(int(signal.SIGTERM))
 
 
 def test_a_second_ctrl_c_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from ddgen.autoencoder.pca import fit_pca
 from ddgen.config import AutoencoderConfig
 from ddgen.errors import UserError
 from ddgen.precision import autocast
-from ddgen.resume import Checkpoints, Keeper, LossWatch, Snapshot, name_images
+from ddgen.resume import Checkpoints, Keeper, LossWatch, Snapshot, fix_order_of_sums, name_images
 from ddgen.seeds import batch_indices, derive, numpy_generator, torch_generator
 from ddgen.stopping import note_signals
 
@@ -201,6 +201,13 @@ def _fit(
 
     watch = LossWatch(accelerator, not_finite)
     latent_size = pixels.shape[-1] // model.config.downsample
+
+    def any_loss() -> Tensor:
+        noise = torch.zeros(1, model.config.latent_channels, latent_size, latent_size, device=device)
+        restored, posterior, _ = ddp(torch.zeros(1, *pixels.shape[1:], device=device), noise, None)
+        return restored.float().mean() + posterior.kl().mean()
+
+    fix_order_of_sums(accelerator, ddp, any_loss)
     shown = accelerator.is_main_process
     bar = tqdm(initial=begin, total=steps, desc="autoencoder", unit="step", disable=not shown)
     with note_signals() as noted, bar:

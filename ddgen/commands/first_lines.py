@@ -66,9 +66,7 @@ def first_lines(
         "time": f"about {readable_minutes(sum(seconds.values()))}: {parts}",
         "disk": f"about {_disk(config, dataset, shape, num_parameters, output_dir)}",
         "output": str(output_dir),
-        "resume": "the same command"
-        if resume_from is None
-        else f"from {resume_from.name}, {done:,} steps done",
+        "resume": "the same command" if resume_from is None else f"from {resume_from.name}, {done:,} steps done",
     }
     return "\n".join([versions(), *(f"{name:<{_NAME_WIDTH}}{text}" for name, text in facts.items())])
 

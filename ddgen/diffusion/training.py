@@ -22,7 +22,7 @@ from ddgen.diffusion.posthoc import Snapshots
 from ddgen.diffusion.report import Monitor, Report
 from ddgen.diffusion.run import TrainingRun
 from ddgen.errors import UserError
-from ddgen.resume import Keeper
+from ddgen.resume import Keeper, fix_order_of_sums
 from ddgen.seeds import derive
 from ddgen.stopping import note_signals
 
@@ -94,6 +94,8 @@ def train_diffusion(
         run.unet.compile()  # in place: names of the weights stay; the copy that samples was made before
     unet, optimizer = accelerator.prepare(run.unet, run.optimizer)
     unet.train()
+    first = batches.at(run.step)[0]
+    fix_order_of_sums(accelerator, unet, lambda: objective(unet, first.latents, first.labels, first.draws))
 
     # --- loop
     with note_signals() as noted, closing(report), closing(batches):
