@@ -21,6 +21,7 @@ from ddgen.config import AutoencoderConfig
 from ddgen.errors import UserError
 from ddgen.precision import autocast
 from ddgen.seeds import batch_indices, derive, numpy_generator, torch_generator
+from ddgen.sharding import replicate
 
 PerceptualLoss = Callable[[Tensor, Tensor], Tensor]
 NUM_VALIDATION_IMAGES = 512
@@ -168,7 +169,7 @@ def _fit(
     mine = slice(accelerator.process_index * batch_size // world, (accelerator.process_index + 1) * batch_size // world)
     model.train().requires_grad_(True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.vae_learning_rate, weight_decay=0.0)
-    ddp, optimizer = accelerator.prepare(model, optimizer)
+    ddp, optimizer = replicate(accelerator, model, optimizer)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(min(0.999, 1 - 10 / max(steps, 20))))
     latent_size = pixels.shape[-1] // model.config.downsample
     bar = tqdm(range(steps), desc="autoencoder", unit="step", disable=not accelerator.is_main_process)

@@ -19,6 +19,7 @@ from ddgen.commands.first_lines import first_lines
 from ddgen.commands.model_card import card_pictures, render_model_card
 from ddgen.commands.runs import (
     RUNS_DIR,
+    check_shared,
     dataset_name,
     held_out_accuracy,
     load_on_all,
@@ -64,7 +65,7 @@ def train(config: TrainConfig) -> int:
         return 0
     if accelerator.is_main_process:
         _write_run_facts(config, dataset, output_dir)
-    accelerator.wait_for_everyone()
+    check_shared(output_dir / "dataset.json", accelerator)
     observer = observer_of_run(config, given, dataset, output_dir / "observer", accelerator, precision)
     say(f"observer: {observer.network}, {observer.accuracy:.1%} on held-out real images")
     autoencoder, latents = autoencoder_of_run(config, given, dataset, observer, output_dir, accelerator, precision)
@@ -231,14 +232,14 @@ def autoencoder_of_run(
             autoencoders.save(autoencoder, path, **report)
         accelerator.wait_for_everyone()
     autoencoder = autoencoders.load(path, device, precision)
-    with accelerator.main_process_first():
-        return build_latent_cache(
-            autoencoder,
-            dataset.pixels,
-            output_dir / "latents",
-            flip=config.data.may_flip,
-            fingerprint=f"{autoencoder.fingerprint()}-{dataset.fingerprint}",
-        )
+    return build_latent_cache(
+        autoencoder,
+        dataset.pixels,
+        output_dir / "latents",
+        flip=config.data.may_flip,
+        fingerprint=f"{autoencoder.fingerprint()}-{dataset.fingerprint}",
+        accelerator=accelerator,
+    )
 
 
 def _reconstruction(

@@ -90,7 +90,7 @@ class Report:
         if step % monitor.log_every == 0 or last:
             self._log_loss()
         every = monitor.sample_every if monitor.sample_every is not None else self.fid_every
-        if every and (step % every == 0 or last) and self.accelerator.is_main_process:
+        if every and (step % every == 0 or last):
             self._without_clock(self._save_grid)
         if self.fid_every and (step % self.fid_every == 0 or last):
             self.curve_seconds += self._without_clock(self._measure_distance)
@@ -99,7 +99,7 @@ class Report:
                 self.bar.write(f"the FID curve took {share:.1%} of the training time".replace("%", " %"))
 
     def generator(self, ema_std: float) -> Generator:
-        """Returns a generator with one average of the weights."""
+        """Returns a generator with one average of the weights; under FSDP every process must call this."""
         self.run.ema.copy_to(ema_std, list(self.sampled.unet.parameters()))
         return replace(self.sampled, ema_std=ema_std)
 
@@ -150,6 +150,8 @@ class Report:
         num_classes = len(self.sampled.class_names)
         classes = torch.linspace(0, num_classes - 1, min(num_classes, GRID_ROWS)).round().long()
         generator = self.generator(self.config.optimizer.ema_stds[0])
+        if not self.accelerator.is_main_process:
+            return
         labels = classes.repeat_interleave(GRID_COLUMNS)
         indices = torch.arange(GRID_COLUMNS).repeat(len(classes))
         few = generator.with_sampling(num_inference_steps=self.config.monitor.fid_num_inference_steps)

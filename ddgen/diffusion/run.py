@@ -16,12 +16,13 @@ from torch import Tensor
 
 from ddgen.autoencoder.latents import LatentCache
 from ddgen.checkpoint import atomic_dir, checkpoint_dir, read_json, write_json
-from ddgen.config import TrainConfig
+from ddgen.config import OptimizerConfig, TrainConfig
 from ddgen.diffusion.ema import PowerEMA
 from ddgen.diffusion.unet import build_unet
 from ddgen.errors import UserError
 from ddgen.precision import memory_format
 from ddgen.seeds import derive
+from ddgen.sharding import is_sharded, load_optimizer_state, part_of, uses_fsdp, whole, whole_optimizer_state
 
 
 @dataclass
@@ -63,12 +64,14 @@ class TrainingRun:
     ) -> TrainingRun:
         """Returns a run at step 0: weights drawn from the seed, on the accelerator's device."""
         torch.manual_seed(derive(config.run.seed, "diffusion", "weights"))
+        # FSDP takes contiguous weights only.
+        layout = torch.contiguous_format if uses_fsdp(accelerator) else memory_format(accelerator.device, precision)
         unet = build_unet(
             config.denoiser,
             latent_channels=latents.mean.shape[2],
             latent_size=latents.mean.shape[3],
             num_classes=len(class_names),
-        ).to(accelerator.device, memory_format=memory_format(accelerator.device, precision))
+        ).to(accelerator.device, memory_format=layout)
         optim = config.optimizer
         optimizer = torch.optim.AdamW(
             unet.parameters(),
@@ -85,20 +88,33 @@ class TrainingRun:
     def checkpoints_dir(self) -> Path:
         return self.output_dir / "checkpoints"
 
-    def save(self) -> Path:
-        """Writes a checkpoint; complete or not at all."""
+    def follow(self, optim: OptimizerConfig) -> None:
+        """Averages the weights that there are after `Accelerator.prepare`, which replaces them under FSDP."""
+        if is_sharded(self.unet):
+            self.ema = PowerEMA(list(self.unet.parameters()), optim.ema_stds)
+
+    def save(self, *, write: bool) -> None:
+        """Writes a checkpoint; complete or not at all.
+
+        Args:
+            write: Whether this is the process that writes. Under FSDP the others must call this too.
+        """
         path = checkpoint_dir(self.checkpoints_dir, self.step)
-        if path.exists():
-            return path
+        if not write and not is_sharded(self.unet):
+            return
+        names = [name for name, _ in self.unet.named_parameters()]
+        tensors = {"unet": {name: whole(tensor) for name, tensor in self.unet.state_dict().items()}}
+        for std, average in self.ema.averages.items():
+            tensors[f"ema_{std}"] = {name: whole(tensor) for name, tensor in zip(names, average, strict=True)}
+        optimizer = whole_optimizer_state(self.optimizer)
+        if not write or path.exists():
+            return
         with atomic_dir(path) as temporary:
-            _save_tensors(self.unet.state_dict(), temporary / "unet.safetensors")
-            names = [name for name, _ in self.unet.named_parameters()]
-            for std, average in self.ema.averages.items():
-                _save_tensors(dict(zip(names, average, strict=True)), temporary / f"ema_{std}.safetensors")
-            torch.save(self.optimizer.state_dict(), temporary / "optimizer.pt")
+            for name, values in tensors.items():
+                _save_tensors(values, temporary / f"{name}.safetensors")
+            torch.save(optimizer, temporary / "optimizer.pt")
             scaler = self.scaler.state_dict() if self.scaler is not None else None
             write_json(temporary / "state.json", {"step": self.step, "identity": self.identity, "scaler": scaler})
-        return path
 
     def add_distance(self, metric: str, std: float, step: int, distance: float) -> None:
         """Adds a point to the FID curve; one of another distance starts it anew, since they do not compare."""
@@ -135,13 +151,16 @@ class TrainingRun:
         self.step = state["step"]
 
     def _load_tensors(self, path: Path) -> None:
-        self.unet.load_state_dict(load_file(path / "unet.safetensors"))
+        saved = load_file(path / "unet.safetensors")
+        state = self.unet.state_dict()
+        self.unet.load_state_dict({name: part_of(saved[name], tensor) for name, tensor in state.items()})
         names = [name for name, _ in self.unet.named_parameters()]
         for std, average in self.ema.averages.items():
             saved = load_file(path / f"ema_{std}.safetensors")
             for name, tensor in zip(names, average, strict=True):
-                tensor.copy_(saved[name])
-        self.optimizer.load_state_dict(torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu"))
+                tensor.copy_(part_of(saved[name], tensor))
+        state = torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu")
+        load_optimizer_state(self.optimizer, state)
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -152,7 +171,7 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 def _identity(config: TrainConfig, latents: LatentCache, class_names: tuple[str, ...]) -> dict[str, Any]:
     """What must be the same in a run and in its resumption; how the work is spread over hardware may change."""
     settings = {**dataclasses.asdict(config.denoiser), **dataclasses.asdict(config.optimizer)}
-    for name in ("mixed_precision", "gradient_accumulation_steps", "torch_compile"):
+    for name in ("mixed_precision", "gradient_accumulation_steps", "gradient_checkpointing", "torch_compile"):
         del settings[name]
     settings |= {
         "seed": config.run.seed,

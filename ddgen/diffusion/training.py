@@ -11,6 +11,7 @@ from types import FrameType
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from ddgen.autoencoder.autoencoder import Autoencoder
@@ -25,6 +26,7 @@ from ddgen.diffusion.posthoc import Snapshots
 from ddgen.diffusion.report import Monitor, Report
 from ddgen.diffusion.run import TrainingRun
 from ddgen.errors import UserError
+from ddgen.sharding import uses_fsdp, whole
 
 
 class Stopped(Exception):
@@ -95,17 +97,20 @@ def train_diffusion(
     batches = Batches(config, latents, labels, slices, len(schedule.times), device)
 
     # --- load
+    copied = copy.deepcopy(run.unet).eval().requires_grad_(False)
+    sampled = Generator(copied, autoencoder, scheduler, class_names, image_size, config.guidance, precision)
+    if optim.gradient_checkpointing:
+        run.unet.enable_gradient_checkpointing()
+    if optim.compiles_on(device.type) and not (optim.torch_compile is None and uses_fsdp(accelerator)):
+        run.unet.compile()  # in place: names of the weights stay; the copy that samples was made before
+    unet, optimizer = accelerator.prepare(run.unet, run.optimizer)
+    run.follow(optim)
     if resume_from is not None:
         run.load(resume_from)
         accelerator.print(f"resumed from {resume_from.name}")
-    copied = copy.deepcopy(run.unet).eval().requires_grad_(False)
-    sampled = Generator(copied, autoencoder, scheduler, class_names, image_size, config.guidance, precision)
     report = Report(config, run, sampled, accelerator, fid_every, monitor, on_metrics)
     names = [name for name, _ in run.unet.named_parameters()]
     snapshots = Snapshots(output_dir / "ema_snapshots", names, optim.ema_stds, optim.max_train_steps)
-    if optim.compiles_on(device.type):
-        run.unet.compile()  # in place: names of the weights stay; the copy that samples was made before
-    unet, optimizer = accelerator.prepare(run.unet, run.optimizer)
     unet.train()
 
     # --- loop
@@ -120,25 +125,26 @@ def train_diffusion(
                     loss = objective(unet, part.latents, part.labels, part.draws) / len(parts)
                     accelerator.backward(loss)
                 total += loss.detach()
-            norm = accelerator.clip_grad_norm_(run.unet.parameters(), optim.max_grad_norm)
+            norm = whole(accelerator.clip_grad_norm_(run.unet.parameters(), optim.max_grad_norm))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             run.step += 1
             run.ema.update(run.step)
 
             # --- report and save
-            if optim.posthoc_ema_stds and accelerator.is_main_process:
-                snapshots.save(run.ema, run.step)
+            if optim.posthoc_ema_stds:
+                snapshots.save(run.ema, run.step, write=accelerator.is_main_process)
             report.after_step(total, norm)
             stop = _any_process(accelerator, stopping.get("signal", 0)) if report.at_boundary() else 0
             if run.step % config.run.checkpointing_steps == 0 or run.step == optim.max_train_steps or stop:
+                run.save(write=accelerator.is_main_process)
                 if accelerator.is_main_process:
-                    run.save()
                     prune_checkpoints(run.checkpoints_dir, config.run.checkpoints_total_limit)
                 accelerator.wait_for_everyone()
             if stop:
                 raise Stopped(stop, latest_checkpoint(run.checkpoints_dir) or output_dir)
-    best = best_ema(run.distances, optim.ema_stds)
+    # Only the main process knows the distances, and under FSDP all of them put the average together.
+    best = broadcast_object_list([best_ema(run.distances, optim.ema_stds)])[0]
     return report.choose_width(snapshots, best) if optim.posthoc_ema_stds else report.generator(best)
 
 
