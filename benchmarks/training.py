@@ -152,7 +152,7 @@ def _our_loop(
 ) -> Callable[[], float]:
     """Returns a turn of `train_diffusion`; seconds a step are its own account of all steps but the first two."""
     d, side = vae.vae.config.latent_channels, image_size // vae.vae.config.downsample
-    moments = [torch.randn(2, NUM_IMAGES, d, side, side).half() for _ in range(2)]
+    moments = [torch.randn(NUM_IMAGES, 2, d, side, side).half() for _ in range(2)]
     latents = LatentCache(moments[0], moments[1].abs() / 10, "random")
     labels = torch.arange(NUM_IMAGES) % NUM_CLASSES
     warm_up = 2

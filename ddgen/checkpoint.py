@@ -7,6 +7,7 @@ import errno
 import fcntl
 import json
 import os
+import platform
 import re
 import shutil
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from ddgen.errors import UserError
 
 CHECKPOINT_NAME = re.compile(r"^step-(\d{8})$")
 LOCK_NAME = ".lock"
-_LEFTOVER = re.compile(r"^\..+\.(tmp|old)-\d+$")
+_LEFTOVER = re.compile(r"^\..+\.(tmp|old)-.+-\d+$")
 
 
 @contextlib.contextmanager
@@ -35,7 +36,7 @@ def atomic_dir(path: Path, *, replace: bool = False) -> Iterator[Path]:
     if path.exists() and not replace:
         raise FileExistsError(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.tmp-{os.getpid()}"
+    temporary = _own_name(path, "tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -67,16 +68,21 @@ def remove_dir(path: Path) -> None:
 
 
 def _move_aside(path: Path) -> Path:
-    old = path.parent / f".{path.name}.old-{os.getpid()}"
+    old = _own_name(path, "old")
     shutil.rmtree(old, ignore_errors=True)
     os.rename(path, old)
     return old
 
 
+def _own_name(path: Path, kind: str) -> Path:
+    """Returns a hidden sibling that no other process uses, on no other machine that shares the disk."""
+    return path.parent / f".{path.name}.{kind}-{platform.node()}-{os.getpid()}"
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Writes a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.tmp-{os.getpid()}"
+    temporary = _own_name(path, "tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(data)

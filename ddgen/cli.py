@@ -55,9 +55,12 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if args else 2
     if args[0] not in COMMANDS:
         return _complain(UserError(f"{args[0]}: unknown command; one of {', '.join(COMMANDS)}"))
-    if argv is None:
-        stop_with_launcher()
-        start_asked_for_processes()
+    try:
+        if argv is None:
+            stop_with_launcher()
+            start_asked_for_processes()
+    except UserError as error:
+        return _complain(error)
     return run(args[0], args[1:])
 
 

@@ -132,6 +132,9 @@ class OptimizerConfig:
     """Optimizer steps."""
     gradient_accumulation_steps: int = 1
     """Micro-batches that make up one optimizer step."""
+    gradient_checkpointing: bool = False
+    """Compute the denoiser's activations again in the backward pass instead of keeping them: the same weights in
+    less memory, for more time."""
     learning_rate: float = 1e-3
     """Peak learning rate of AdamW."""
     lr_warmup_steps: int = 200
@@ -151,7 +154,8 @@ class OptimizerConfig:
     """Autocast precision; weights stay float32. Default: what `accelerate launch` was given, otherwise bf16 where the
     hardware is fast at it."""
     torch_compile: bool | None = None
-    """Compile the denoiser for training, which costs a minute or more at the start. Default: on a GPU."""
+    """Compile the denoiser for training, which costs a minute or more at the start. Default: on a GPU, but not under
+    FSDP."""
 
     def compiles_on(self, device_type: str) -> bool:
         """Whether training compiles the denoiser on this type of device."""

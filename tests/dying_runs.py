@@ -146,7 +146,7 @@ def dying_at_write(count: int, step: int) -> Callable[[], None]:
 def train_bare(config: TrainConfig, path: Path, prepare: Callable[[], None] = lambda: None) -> int:
     """Trains a diffusion model alone, on made-up latents, from the latest checkpoint: much faster than the command."""
     side = torch.Generator().manual_seed(0)
-    mean = torch.randn(1, 40, 4, 4, 4, generator=side).half()
+    mean = torch.randn(40, 1, 4, 4, 4, generator=side).half()
     torch.manual_seed(0)
     vae = wrap(build(config.autoencoder, 16), torch.device("cpu"), "no")
 

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,10 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from sklearn.decomposition import PCA
 
 from ddgen.autoencoder import autoencoder as autoencoders
+from ddgen.autoencoder import latents as latents_module
 from ddgen.autoencoder.autoencoder import check_fits, identity, load_pretrained, to_images, to_pixels, wrap
 from ddgen.autoencoder.equivariance import Transform, draw_transform
-from ddgen.autoencoder.latents import build_latent_cache
+from ddgen.autoencoder.latents import LatentCache, build_latent_cache
 from ddgen.autoencoder.patch_autoencoder import PatchAutoencoderKL
 from ddgen.autoencoder.pca import fit_pca
 from ddgen.autoencoder.training import build, check_space, psnr, train_autoencoder
@@ -123,30 +125,139 @@ def test_psnr_by_hand() -> None:
     assert psnr(wrap(Offset(), CPU, "no"), pixels) == pytest.approx(20 * math.log10(255 / 10))
 
 
+def cached(
+    vae: autoencoders.Autoencoder, pixels: torch.Tensor, path: Path, *, flip: bool = False, fingerprint: str = "a"
+) -> tuple[autoencoders.Autoencoder, LatentCache]:
+    return build_latent_cache(vae, pixels, path, flip=flip, fingerprint=fingerprint, accelerator=Accelerator(cpu=True))
+
+
 def test_latent_cache_is_standardised_and_holds_mirror_images(tmp_path: Path) -> None:
     pixels = smooth_pixels(64)
-    vae, cache = build_latent_cache(pca_autoencoder(pixels), pixels, tmp_path / "latents", flip=True, fingerprint="a")
-    assert cache.mean.shape == (2, 64, 6, 4, 4)
+    vae, cache = cached(pca_autoencoder(pixels), pixels, tmp_path / "latents", flip=True)
+    assert cache.mean.shape == (64, 2, 6, 4, 4)
     assert cache.std is not None
     second_moment = (cache.mean.float().square() + cache.std.float().square()).mean((0, 1, 3, 4))
-    assert torch.allclose(cache.mean.float().mean((0, 1, 3, 4)), torch.zeros(6), atol=1e-2)
-    assert torch.allclose(second_moment, torch.ones(6), atol=1e-2)
+    assert torch.allclose(cache.mean.float().mean((0, 1, 3, 4)), torch.zeros(6), atol=1e-3)
+    assert torch.allclose(second_moment, torch.ones(6), atol=1e-3)
     drawn = cache.batch(torch.tensor([5, 5]), torch.tensor([False, True]), torch.zeros(2, 6, 4, 4))
     images = torch.stack([to_images(pixels[5]), to_images(pixels[5]).flip(-1)])
-    assert torch.allclose(drawn, vae.standardise(vae.encode(images)[0]), atol=5e-3)
+    assert torch.allclose(drawn, vae.standardise(vae.encode(images)[0]), atol=2e-3)
     noisy = cache.batch(torch.tensor([5]), torch.tensor([False]), torch.ones(1, 6, 4, 4))
-    assert torch.allclose(noisy - drawn[:1], cache.std[0, 5:6].float(), atol=1e-6)
+    assert torch.allclose(noisy - drawn[:1], cache.std[5:6, 0].float(), atol=1e-6)
+    assert cache.num_bytes == 2 * 2 * 64 * 2 * 6 * 4 * 4
+    array = np.load(tmp_path / "latents" / "mean.npy")
+    assert torch.equal(torch.from_numpy(array), cache.mean)
+
+
+def test_latents_drawn_are_exactly_standardised_whatever_the_sample_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latents_module, "NUM_SAMPLED_IMAGES", 2)
+    monkeypatch.setattr(latents_module, "shard_size_of", lambda _: 64)
+    pixels = smooth_pixels(150)
+    model = PatchAutoencoderKL(latent_channels=6, downsample=4, block_out_channels=(), initial_logvar=-2.0)
+    model.set_pca(*fit_pca(pixels, 4, 6, seed=0))
+    vae, cache = cached(wrap(model, CPU, "no"), pixels, tmp_path / "latents", flip=True)
+    assert cache.scale is not None and (cache.scale - 1).abs().max() > 0.05  # two images say little
+    everything, sides = torch.arange(150).repeat(2), torch.arange(300) >= 150
+    noise = torch.randn(300, 6, 4, 4, generator=torch.Generator().manual_seed(0))
+    means = cache.batch(everything, sides, torch.zeros(300, 6, 4, 4))
+    drawn = cache.batch(everything, sides, noise)
+    assert torch.allclose(means.mean((0, 2, 3)), torch.zeros(6), atol=1e-4)
+    assert torch.allclose(drawn.var((0, 2, 3)), torch.ones(6), atol=2e-2)
+    mean, std = vae.encode(to_images(torch.cat([pixels, pixels.flip(-1)])))
+    assert torch.allclose(drawn, vae.standardise(mean + std * noise), atol=5e-3)
+    assert torch.equal(cache.to(CPU).batch(everything, sides, noise), drawn)
 
 
 def test_latent_cache_is_reused_for_the_same_images_only(tmp_path: Path) -> None:
     pixels = smooth_pixels(16)
     vae = pca_autoencoder(pixels)
-    _, first = build_latent_cache(vae, pixels, tmp_path / "latents", flip=False, fingerprint="a")
-    _, same = build_latent_cache(vae, pixels.flip(0), tmp_path / "latents", flip=False, fingerprint="a")
-    _, other = build_latent_cache(vae, pixels.flip(0), tmp_path / "latents", flip=False, fingerprint="b")
+    _, first = cached(vae, pixels, tmp_path / "latents")
+    _, same = cached(vae, pixels.flip(0), tmp_path / "latents")
+    _, other = cached(vae, pixels.flip(0), tmp_path / "latents", fingerprint="b")
     assert torch.equal(first.mean, same.mean)
-    assert torch.equal(first.mean.flip(1), other.mean)
-    assert len(first.mean) == 1
+    assert torch.equal(first.mean.flip(0), other.mean)
+    assert first.mean.shape[1] == 1
+
+
+def test_a_killed_latent_cache_goes_on_with_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed while a shard is being written: its half is written again, the shards before it are not."""
+    monkeypatch.setattr(latents_module, "shard_size_of", lambda _: 8)
+    monkeypatch.setattr(latents_module, "batch_size_of", lambda *_: 4)
+    pixels = smooth_pixels(43)
+    vae = pca_autoencoder(pixels)
+    _, whole = cached(vae, pixels, tmp_path / "whole", flip=True)
+    path = tmp_path / "killed"
+    write, encode, encoded = latents_module._write_shard, latents_module._encode, []
+
+    def die_in_the_fourth(path: Path, shard: int, first: int, parts: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        if shard == 3:
+            write(path, shard, first, [(mean + 9, std) for mean, std in parts[:1]])
+            latents_module._marker(path, shard).unlink()
+            raise KeyboardInterrupt
+        write(path, shard, first, parts)
+
+    def count(vae: object, images: torch.Tensor, *args: object, **options: object) -> object:
+        encoded.append(len(images))
+        return encode(vae, images, *args, **options)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(latents_module, "_write_shard", die_in_the_fourth)
+        cached(vae, pixels, path, flip=True)
+    assert sorted(p.name for p in (path / "shards").iterdir()) == ["000000.json", "000001.json", "000002.json"]
+    monkeypatch.setattr(latents_module, "_encode", count)
+    _, resumed = cached(vae, pixels, path, flip=True)
+    assert encoded == [4, 4, 4, 4, 3]
+    assert torch.equal(resumed.mean, whole.mean)
+    assert resumed.std is not None and whole.std is not None and torch.equal(resumed.std, whole.std)
+    assert (path / "mean.npy").read_bytes() == (tmp_path / "whole" / "mean.npy").read_bytes()
+    assert not (path / "shards").exists()
+
+
+def test_an_unfinished_latent_cache_of_another_precision_starts_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = smooth_pixels(16)
+    vae = pca_autoencoder(pixels)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(latents_module, "_write_shard", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        cached(vae, pixels, tmp_path / "latents")
+    (tmp_path / "latents" / "shards" / "000000.json").write_text("{}")
+    _, cache = cached(replace(vae, precision="bf16"), pixels, tmp_path / "latents")
+    assert cache.mean.abs().max() > 0.5  # not the zeros of a shard that is marked but was never written
+
+
+def test_narrow_posteriors_are_not_stored(tmp_path: Path) -> None:
+    pixels = smooth_pixels(16)
+    for logvar, stored in ((-13.0, True), (-14.0, False)):  # standard deviations 1.5e-3 and 0.9e-3
+        model = PatchAutoencoderKL(latent_channels=6, downsample=4, block_out_channels=(), initial_logvar=logvar)
+        model.set_pca(*fit_pca(pixels, 4, 6, seed=0))
+        _, cache = cached(wrap(model, CPU, "no"), pixels, tmp_path / str(logvar))
+        assert (cache.std is not None) == stored == (tmp_path / str(logvar) / "std.npy").is_file()
+
+
+def test_latents_that_do_not_fit_the_disk_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr("ddgen.data.archive.shutil.disk_usage", lambda _: usage)
+    pixels = smooth_pixels(16)
+    with pytest.raises(UserError, match=r"--output_dir .*caching latents of 16 images takes 0\.00 GB"):
+        cached(pca_autoencoder(pixels), pixels, tmp_path / "latents")
+    assert not (tmp_path / "latents").exists()
+
+
+def test_latents_that_are_not_finite_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = smooth_pixels(16)
+    vae = pca_autoencoder(pixels)
+    vae.vae.linear_encoder.bias.data[0] = float("inf")
+    with pytest.raises(UserError, match="latents of the training images are not finite"):
+        cached(vae, pixels, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    fine = (torch.zeros(6), torch.ones(6), 0.0, (6, 4, 4))  # as when the images measured do not show it
+    monkeypatch.setattr(latents_module, "_sample", lambda *_: fine)
+    with pytest.raises(UserError, match="latents of images 0 to 15 are not finite"):
+        cached(vae, pixels, tmp_path / "b")
+    assert not list((tmp_path / "b" / "shards").iterdir())
 
 
 @pytest.mark.parametrize("kind", ["kl", "tiny", "pipeline"])
@@ -167,7 +278,7 @@ def test_loads_diffusers_autoencoders(tmp_path: Path, kind: str) -> None:
     source = tmp_path if kind == "pipeline" else tmp_path / "vae"
     vae = load_pretrained(str(source), CPU, "no")
     pixels = smooth_pixels(8, size=16)
-    vae, cache = build_latent_cache(vae, pixels, tmp_path / "latents", flip=False, fingerprint="x")
+    vae, cache = cached(vae, pixels, tmp_path / "latents")
     assert cache.mean.shape[2:] == (4, 8, 8)
     assert (cache.std is None) == (kind == "tiny")
     mean, _ = vae.encode(to_images(pixels))
@@ -281,10 +392,10 @@ def test_the_equivariance_term_makes_latents_more_equivariant_at_equal_steps(tmp
 def test_pixel_space_is_an_autoencoder_that_does_nothing(tmp_path: Path) -> None:
     pixels = smooth_pixels(32)
     vae = identity(CPU, "bf16")
-    vae, cache = build_latent_cache(vae, pixels, tmp_path / "latents", flip=True, fingerprint="p")
-    assert cache.mean.shape == (2, 32, 3, 16, 16) and cache.std is None
-    assert torch.allclose(cache.mean[0].float().mean((0, 2, 3)), torch.zeros(3), atol=1e-2)
-    assert torch.allclose(cache.mean[0].float().std((0, 2, 3)), torch.ones(3), atol=1e-2)
+    vae, cache = cached(vae, pixels, tmp_path / "latents", flip=True)
+    assert cache.mean.shape == (32, 2, 3, 16, 16) and cache.std is None
+    assert torch.allclose(cache.mean[:, 0].float().mean((0, 2, 3)), torch.zeros(3), atol=1e-2)
+    assert torch.allclose(cache.mean[:, 0].float().std((0, 2, 3)), torch.ones(3), atol=1e-2)
     drawn = cache.batch(torch.tensor([3, 3]), torch.tensor([False, True]), torch.randn(2, 3, 16, 16))
     restored = to_pixels(vae.decode(drawn))
     assert torch.equal(restored[0], pixels[3]) and torch.equal(restored[1], pixels[3].flip(-1))

@@ -95,7 +95,7 @@ def test_training_leaves_everything_the_design_names(run_dir: Path) -> None:
     chosen = min(("0.05", "0.1"), key=lambda std: points[-1][f"fd_convnet2_12/ema_{std}"])
     average = load_file(run_dir / "checkpoints" / "step-00000008" / f"ema_{chosen}.safetensors")
     assert all(torch.equal(tensor, average[name]) for name, tensor in weights(run_dir).items())
-    assert np.load(run_dir / "latents" / "mean.npy", mmap_mode="r").shape[0] == 1  # digits have no mirror images
+    assert np.load(run_dir / "latents" / "mean.npy", mmap_mode="r").shape[1] == 1  # digits have no mirror images
     index = json.loads((run_dir / "generator" / "model_index.json").read_text())
     assert index["class_names"] == ["0", "1", "2"]
     with Image.open(run_dir / "samples" / "step-00000008.png") as grid:

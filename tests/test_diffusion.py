@@ -479,3 +479,36 @@ def test_generator_loads_and_samples_without_ddgen(generator: Generator, tmp_pat
 def test_unfinished_generator_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model_index\.json is missing.*train_ldm"):
         load_generator(tmp_path, CPU, "no")
+
+
+def test_gradient_checkpointing_gives_the_same_gradients_in_less_memory() -> None:
+    config = DenoiserConfig(preset="xs", unet_channels=(32, 64), unet_layers_per_block=2, unet_dropout=0.1)
+    torch.manual_seed(0)
+    unet = build_unet(config, latent_channels=4, latent_size=8, num_classes=3).train()
+    torch.nn.init.normal_(unet.conv_out.weight)
+    x, t, y = torch.randn(4, 4, 8, 8), torch.tensor([0, 9, 500, 999]), torch.tensor([0, 1, 2, 3])
+
+    def gradients_and_bytes() -> tuple[list[Tensor], int]:
+        kept = dict[int, int]()
+        weights = {p.untyped_storage().data_ptr() for p in unet.parameters()}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        torch.manual_seed(1)  # of the dropout
+        unet.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = unet(x, t, y).sample.square().mean()
+        count = sum(kept.values())
+        loss.backward()
+        return [p.grad.clone() for p in unet.parameters()], count
+
+    expected, before = gradients_and_bytes()
+    unet.enable_gradient_checkpointing()
+    found, after = gradients_and_bytes()
+    assert after < 0.5 * before
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-6)

@@ -52,4 +52,4 @@ def test_outside_accelerate_nothing_is_changed(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     assert launch.threads_to_use() is None
-    assert launch._asked_for() == 1
+    assert launch._launcher_options() == []

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "ddgen"
 ORDER = ["data", "autoencoder", "diffusion", "observer", "distill", "evaluation"]
-SHARED = {"config", "seeds", "errors", "checkpoint", "precision", "grids", "hardware", "resume", "stopping"}
+SHARED = {"config", "seeds", "errors", "checkpoint", "precision", "grids", "hardware", "resume", "sharding", "stopping"}
 TOP = {"commands", "cli", "launch", "__main__"}
 FORBIDDEN = {("observer", "diffusion"), ("observer", "autoencoder")}
 

@@ -37,7 +37,7 @@ CONFIG = DenoiserConfig(preset="xs", unet_channels=(32, 32), unet_layers_per_blo
 
 def make_batches(*, ahead: bool, slices: tuple[slice, ...] = (slice(0, 6),), device: torch.device = CPU) -> Batches:
     source = torch.Generator().manual_seed(0)
-    moments = [torch.randn(2, 20, 4, 4, 4, generator=source).half() for _ in range(2)]
+    moments = [torch.randn(20, 2, 4, 4, 4, generator=source).half() for _ in range(2)]
     labels = torch.randint(0, 3, (20,), generator=source)
     latents = LatentCache(moments[0], moments[1].abs(), "f")
     config = TrainConfig(denoiser=CONFIG, optimizer=OptimizerConfig(train_batch_size=6))
@@ -66,7 +66,7 @@ def test_micro_batches_are_parts_of_the_global_batch() -> None:
         assert torch.equal(part.latents, whole.latents[where]) and torch.equal(part.labels, whole.labels[where])
         assert torch.equal(part.draws.timesteps, whole.draws.timesteps[where])
     mean, draws = make_batches(ahead=False).latents, whole.draws
-    assert not torch.equal(whole.latents, mean.mean[0, :6].float()) and draws.noise.shape == (6, 4, 4, 4)
+    assert not torch.equal(whole.latents, mean.mean[:6, 0].float()) and draws.noise.shape == (6, 4, 4, 4)
 
 
 def test_compiled_unet_keeps_its_names_and_its_gradients() -> None:

@@ -23,6 +23,7 @@ from ddgen.errors import UserError
 from ddgen.precision import autocast
 from ddgen.resume import Checkpoints, Keeper, LossWatch, Snapshot, fix_order_of_sums, name_images
 from ddgen.seeds import batch_indices, derive, numpy_generator, torch_generator
+from ddgen.sharding import replicate
 from ddgen.stopping import note_signals
 
 PerceptualLoss = Callable[[Tensor, Tensor], Tensor]
@@ -186,7 +187,7 @@ def _fit(
     begin = checkpoints.go_on(state.go_back)
     if begin:
         accelerator.print(f"autoencoder: going on at step {begin} of {steps}")
-    ddp, optimizer = accelerator.prepare(model, optimizer)
+    ddp, optimizer = replicate(accelerator, model, optimizer)
 
     def chosen_at(step: int) -> Tensor:
         return training[batch_indices(seed, "autoencoder", step * batch_size, batch_size, len(training))]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import platform
 import shlex
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
@@ -14,6 +16,7 @@ import accelerate
 import diffusers
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
+from accelerate.utils import gather_object
 
 import ddgen
 from ddgen.config import (
@@ -29,6 +32,7 @@ from ddgen.launch import asked_for_cpu, threads_to_use
 from ddgen.observer.observer import Observer
 from ddgen.observer.realism import measure_accuracy
 from ddgen.precision import resolve_precision
+from ddgen.sharding import check_supported
 
 RUNS_DIR = Path("runs")
 
@@ -47,31 +51,78 @@ def start_accelerator(
         The accelerator and the resolved precision.
 
     Raises:
-        UserError: A tracker that is not installed, or a precision the device lacks.
+        UserError: A tracker that is not installed, a precision the device lacks, or a way to spread the model that
+            training does not know.
     """
     if report_to != "none" and importlib.util.find_spec(report_to) is None:
         raise UserError(f"--report_to {report_to}: not installed; pip install {report_to}, or leave it out")
     patience = timedelta(hours=24)  # the others wait while the first process trains the observer
-    device = PartialState(cpu=asked_for_cpu(), timeout=patience).device
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    # Without a GPU, accelerate takes every process that torchrun started for the only one, unless told "cpu".
+    cpu = asked_for_cpu() or (started > 1 and not torch.accelerator.is_available())
+    state = PartialState(cpu=cpu, timeout=patience)
+    if state.num_processes < started:
+        raise UserError(
+            f"WORLD_SIZE: {started} processes were started, of which each would work alone;"
+            " use accelerate launch --num_processes N, on a machine without GPUs with --cpu"
+        )
+    device = state.device
     threads = threads_to_use() if device.type == "cpu" else None
     if threads is not None:
         torch.set_num_threads(threads)
     tune(device)
     precision = resolve_precision(mixed_precision, device)
     accelerator = Accelerator(
+        cpu=cpu,
         mixed_precision=precision,
         log_with=None if report_to == "none" else report_to,
         project_dir=project_dir,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=patience)],
     )
+    check_supported(accelerator)
     return accelerator, precision
 
 
 def load_on_all(accelerator: Accelerator, data: DataConfig, split: Literal["train", "test"]) -> ImageDataset:
-    """Loads a split; the first process decodes it, the others read its cache."""
+    """Loads a split; the first process of every machine decodes it, the others read its cache.
+
+    Raises:
+        UserError: As `load_dataset`; or the machines do not have the same images.
+    """
     dataset_name(data)
-    with accelerator.main_process_first():
-        return load_dataset(data, split, progress=accelerator.is_main_process)
+    with accelerator.local_main_process_first():
+        dataset = load_dataset(data, split, progress=accelerator.is_main_process)
+    found = gather_object([dataset.fingerprint])
+    others = [rank for rank, fingerprint in enumerate(found) if fingerprint != found[0]]
+    if others:
+        raise UserError(
+            f"--data_dir {data.data_dir}: process {others[0]} has other {split} images than process 0;"
+            " give all machines the same data"
+        )
+    return dataset
+
+
+def check_shared(path: Path, accelerator: Accelerator, patience_seconds: float = 90.0) -> None:
+    """Checks that every process sees a file that the main process has just written.
+
+    Args:
+        path: The file.
+        accelerator: Processes; every one must call this.
+        patience_seconds: How long to look for it: a network disk may show a new file to other machines a minute late.
+
+    Raises:
+        UserError: A process does not see it.
+    """
+    accelerator.wait_for_everyone()
+    end = time.monotonic() + patience_seconds
+    while not path.is_file():
+        if time.monotonic() > end:
+            raise UserError(
+                f"--output_dir {path.parent}: process {accelerator.process_index} on {platform.node()} does not see"
+                f" {path.name}, which process 0 wrote; give a folder that all machines share"
+            )
+        time.sleep(min(1.0, patience_seconds / 10))
+    accelerator.wait_for_everyone()
 
 
 def dataset_name(data: DataConfig) -> str:

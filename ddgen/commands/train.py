@@ -21,6 +21,7 @@ from ddgen.commands.first_lines import first_lines
 from ddgen.commands.model_card import card_pictures, render_model_card
 from ddgen.commands.runs import (
     RUNS_DIR,
+    check_shared,
     dataset_name,
     held_out_accuracy,
     load_on_all,
@@ -94,7 +95,7 @@ def _train(config: TrainConfig, folder: RunFolder, accelerator: Accelerator, pre
         return 0
     on_main(accelerator, lambda: held.enter_context(locked(output_dir)))
     on_main(accelerator, lambda: _write_run_facts(config, dataset, output_dir))
-
+    check_shared(output_dir / "dataset.json", accelerator)
     observer = observer_of_run(config, given, dataset, output_dir / "observer", accelerator, precision)
     say(f"observer: {observer.network}, {observer.accuracy:.1%} on held-out real images")
     autoencoder, latents = autoencoder_of_run(config, given, dataset, observer, output_dir, accelerator, precision)
@@ -265,14 +266,14 @@ def autoencoder_of_run(
         accelerator.wait_for_everyone()
     on_main(accelerator, checkpoints.remove)
     autoencoder = autoencoders.load(path, device, precision)
-    with accelerator.main_process_first():
-        return build_latent_cache(
-            autoencoder,
-            dataset.pixels,
-            output_dir / "latents",
-            flip=config.data.may_flip,
-            fingerprint=f"{autoencoder.fingerprint()}-{dataset.fingerprint}",
-        )
+    return build_latent_cache(
+        autoencoder,
+        dataset.pixels,
+        output_dir / "latents",
+        flip=config.data.may_flip,
+        fingerprint=f"{autoencoder.fingerprint()}-{dataset.fingerprint}",
+        accelerator=accelerator,
+    )
 
 
 def _reconstruction(

@@ -102,6 +102,7 @@ _MAY_CHANGE = {
     *("fid_num_images", "fid_num_inference_steps", "fd_network", "inception_weights", "mixed_precision"),
     "torch_compile",
     *("gradient_accumulation_steps", "num_inference_steps", "guidance_scale", "guidance_interval", "sampler"),
+    "gradient_checkpointing",
 }
 _OF_OBSERVER = {"observer", *(name for name in vars(ObserverConfig()) if name.startswith("observer_"))}
 

@@ -134,7 +134,7 @@ def publish(path: Path, fill: Callable[[Path], None]) -> None:
         raise
 
 
-def check_free_space(folder: Path, num_bytes: int, what: str) -> None:
+def check_free_space(folder: Path, num_bytes: int, what: str, setting: str = "--cache_dir") -> None:
     """Refuses to start what will not fit on the disk.
 
     Raises:
@@ -144,7 +144,7 @@ def check_free_space(folder: Path, num_bytes: int, what: str) -> None:
     free = shutil.disk_usage(existing).free
     if free < num_bytes:
         raise UserError(
-            f"--cache_dir {folder}: {what} takes {num_bytes / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; "
+            f"{setting} {folder}: {what} takes {num_bytes / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; "
             "free some or choose another folder"
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -115,7 +114,5 @@ def place(latents: LatentCache, device: torch.device) -> LatentCache:
     """Returns the latents on the GPU if they fit into a quarter of its free memory, otherwise where they are."""
     if device.type != "cuda":
         return latents
-    mean, std = latents.mean, latents.std
-    if mean.nbytes + (0 if std is None else std.nbytes) > GPU_SHARE * torch.cuda.mem_get_info(device)[0]:
-        return latents
-    return dataclasses.replace(latents, mean=mean.to(device), std=None if std is None else std.to(device))
+    fits = latents.num_bytes <= GPU_SHARE * torch.cuda.mem_get_info(device)[0]
+    return latents.to(device) if fits else latents

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ddgen.sharding import local, whole
+
 
 def std_to_gamma(std: float) -> float:
     """Returns the exponent whose profile t^gamma has a relative standard deviation (their appendix C, eq. 126)."""
@@ -34,12 +36,14 @@ class PowerEMA:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Moves every average towards the weights after optimizer step number `step`, counted from 1 (eq. 121)."""
-        live = [p.detach().float() for p in self.parameters]
+        live = [local(p.detach()).float() for p in self.parameters]
         for std, average in self.averages.items():
-            torch._foreach_lerp_(average, live, 1 - (1 - 1 / step) ** (self.gammas[std] + 1))
+            torch._foreach_lerp_(
+                [local(tensor) for tensor in average], live, 1 - (1 - 1 / step) ** (self.gammas[std] + 1)
+            )
 
     @torch.no_grad()
     def copy_to(self, std: float, parameters: list[nn.Parameter]) -> None:
-        """Writes one average into another model's parameters, same order."""
+        """Writes one average into another model's parameters, same order; under FSDP every process must call this."""
         for parameter, average in zip(parameters, self.averages[std], strict=True):
-            parameter.copy_(average)
+            parameter.copy_(whole(average))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ddgen.checkpoint import write_bytes
 from ddgen.diffusion.ema import PowerEMA, std_to_gamma
 from ddgen.errors import UserError
+from ddgen.sharding import whole
 
 NUM_SNAPSHOTS = 16
 """Measured on random walks of 4000 steps with averages of 0.05 and 0.10: the relative error of the weights is below
@@ -70,16 +71,23 @@ class Snapshots:
         self.folder, self.names, self.stds = folder, names, stds
         self.steps = sorted({-(-max_train_steps * (i + 1) // NUM_SNAPSHOTS) for i in range(NUM_SNAPSHOTS)})
 
-    def save(self, ema: PowerEMA, step: int) -> None:
-        """Writes what is due after optimizer step number `step`; a file is whole or not there."""
+    def save(self, ema: PowerEMA, step: int, *, write: bool = True) -> None:
+        """Writes what is due after optimizer step number `step`; a file is whole or not there.
+
+        Args:
+            ema: The tracked averages.
+            step: Optimizer steps done.
+            write: Whether this is the process that writes. Under FSDP the others must call this too.
+        """
         if step not in self.steps:
             return
         tensors = {
-            f"{std}/{name}": average.to(torch.float16).contiguous()
+            f"{std}/{name}": whole(average).to(torch.float16).contiguous()
             for std, averages in ema.averages.items()
             for name, average in zip(self.names, averages, strict=True)
         }
-        write_bytes(self._path(step), safetensors.torch.save(tensors))
+        if write:
+            write_bytes(self._path(step), safetensors.torch.save(tensors))
 
     def average(self, std: float, step: int) -> dict[str, Tensor]:
         """Returns the average of width `std` after `step` steps, float32, by name of the weights.

@@ -96,7 +96,7 @@ class Report:
         measure = bool(self.fid_every) and (step % self.fid_every == 0 or last)
         if sample or measure:
             self.settle(step)
-        if sample and self.accelerator.is_main_process:
+        if sample:
             self._without_clock(self._save_grid)
         if measure:
             self.curve_seconds += self._without_clock(self._measure_distance)
@@ -105,7 +105,7 @@ class Report:
                 self.bar.write(f"the FID curve took {share:.1%} of the training time".replace("%", " %"))
 
     def generator(self, ema_std: float) -> Generator:
-        """Returns a generator with one average of the weights."""
+        """Returns a generator with one average of the weights; under FSDP every process must call this."""
         self.run.ema.copy_to(ema_std, list(self.sampled.unet.parameters()))
         return replace(self.sampled, ema_std=ema_std)
 
@@ -178,6 +178,8 @@ class Report:
         num_classes = len(self.sampled.class_names)
         classes = torch.linspace(0, num_classes - 1, min(num_classes, GRID_ROWS)).round().long()
         generator = self.generator(self.config.optimizer.ema_stds[0])
+        if not self.accelerator.is_main_process:
+            return
         labels = classes.repeat_interleave(GRID_COLUMNS)
         indices = torch.arange(GRID_COLUMNS).repeat(len(classes))
         few = generator.with_sampling(num_inference_steps=self.config.monitor.fid_num_inference_steps)

@@ -12,12 +12,13 @@ from accelerate import Accelerator
 from diffusers import UNet2DModel
 
 from ddgen.autoencoder.latents import LatentCache
-from ddgen.config import TrainConfig
+from ddgen.config import OptimizerConfig, TrainConfig
 from ddgen.diffusion.ema import PowerEMA
 from ddgen.diffusion.unet import build_unet
 from ddgen.precision import memory_format
 from ddgen.resume import METRICS_NAME, Checkpoints, Snapshot
 from ddgen.seeds import derive
+from ddgen.sharding import is_sharded, load_optimizer_state, part_of, uses_fsdp, whole, whole_optimizer_state
 
 
 @dataclass
@@ -61,12 +62,14 @@ class TrainingRun:
     ) -> TrainingRun:
         """Returns a run at step 0: weights drawn from the seed, on the accelerator's device."""
         torch.manual_seed(derive(config.run.seed, "diffusion", "weights"))
+        # FSDP takes contiguous weights only.
+        layout = torch.contiguous_format if uses_fsdp(accelerator) else memory_format(accelerator.device, precision)
         unet = build_unet(
             config.denoiser,
             latent_channels=latents.mean.shape[2],
             latent_size=latents.mean.shape[3],
             num_classes=len(class_names),
-        ).to(accelerator.device, memory_format=memory_format(accelerator.device, precision))
+        ).to(accelerator.device, memory_format=layout)
         optim = config.optimizer
         optimizer = torch.optim.AdamW(
             unet.parameters(),
@@ -84,13 +87,20 @@ class TrainingRun:
         )
         return cls(unet, optimizer, ema, output_dir, checkpoints, scaler=accelerator.scaler)
 
+    def follow(self, optim: OptimizerConfig) -> None:
+        """Averages the weights that there are after `Accelerator.prepare`, which replaces them under FSDP."""
+        if is_sharded(self.unet):
+            self.ema = PowerEMA(list(self.unet.parameters()), optim.ema_stds)
+
     def snapshot(self) -> Snapshot:
-        """Returns what a checkpoint holds."""
+        """Returns what a checkpoint holds; under FSDP every process must call this."""
         names = [name for name, _ in self.unet.named_parameters()]
-        averages = {f"ema_{std}": dict(zip(names, tensors, strict=True)) for std, tensors in self.ema.averages.items()}
+        tensors = {"unet": {name: whole(tensor) for name, tensor in self.unet.state_dict().items()}}
+        for std, average in self.ema.averages.items():
+            tensors[f"ema_{std}"] = {name: whole(tensor) for name, tensor in zip(names, average, strict=True)}
         scaler = self.scaler.state_dict() if self.scaler is not None else None
         facts = {"scaler": scaler, "open_losses": self.open_losses}
-        return Snapshot(self.step, {"unet": self.unet.state_dict(), **averages}, self.optimizer.state_dict(), facts)
+        return Snapshot(self.step, tensors, whole_optimizer_state(self.optimizer), facts)
 
     def add_distance(self, metric: str, std: float, step: int, distance: float) -> None:
         """Adds a point to the FID curve; one of another distance starts it anew, since they do not compare."""
@@ -100,12 +110,13 @@ class TrainingRun:
 
     def go_back(self, saved: Snapshot) -> None:
         """Takes everything from a snapshot."""
-        self.unet.load_state_dict(saved.tensors["unet"])
+        state = self.unet.state_dict()
+        self.unet.load_state_dict({name: part_of(saved.tensors["unet"][name], part) for name, part in state.items()})
         names = [name for name, _ in self.unet.named_parameters()]
         for std, average in self.ema.averages.items():
             for name, tensor in zip(names, average, strict=True):
-                tensor.copy_(saved.tensors[f"ema_{std}"][name])
-        self.optimizer.load_state_dict(saved.optimizer)
+                tensor.copy_(part_of(saved.tensors[f"ema_{std}"][name], tensor))
+        load_optimizer_state(self.optimizer, saved.optimizer)
         if self.scaler is not None and saved.facts["scaler"]:
             self.scaler.load_state_dict(saved.facts["scaler"])
         self.open_losses = list(saved.facts["open_losses"])
@@ -115,6 +126,6 @@ class TrainingRun:
 def _identity(config: TrainConfig, latents: LatentCache, class_names: tuple[str, ...]) -> dict[str, Any]:
     """What must be the same in a run and in its resumption; how the work is spread over hardware may change."""
     settings = {**dataclasses.asdict(config.denoiser), **dataclasses.asdict(config.optimizer)}
-    for name in ("mixed_precision", "gradient_accumulation_steps", "torch_compile"):
+    for name in ("mixed_precision", "gradient_accumulation_steps", "gradient_checkpointing", "torch_compile"):
         del settings[name]
     return settings | {"seed": config.run.seed, "class_names": class_names, "latents": latents.fingerprint}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from ddgen.autoencoder.autoencoder import Autoencoder
@@ -24,6 +25,7 @@ from ddgen.diffusion.run import TrainingRun
 from ddgen.errors import UserError
 from ddgen.resume import Keeper, fix_order_of_sums
 from ddgen.seeds import derive
+from ddgen.sharding import uses_fsdp, whole
 from ddgen.stopping import note_signals
 
 
@@ -81,18 +83,21 @@ def train_diffusion(
     batches = Batches(config, latents, labels, slices, len(schedule.times), device)
 
     # --- load
+    copied = copy.deepcopy(run.unet).eval().requires_grad_(False)
+    sampled = Generator(copied, autoencoder, scheduler, class_names, image_size, config.guidance, precision)
+    if optim.gradient_checkpointing:
+        run.unet.enable_gradient_checkpointing()
+    if optim.compiles_on(device.type) and not (optim.torch_compile is None and uses_fsdp(accelerator)):
+        run.unet.compile()  # in place: names of the weights stay; the copy that samples was made before
+    unet, optimizer = accelerator.prepare(run.unet, run.optimizer)
+    run.follow(optim)
     if resume_from is not None:
         run.checkpoints.load(resume_from, run.go_back)
     if accelerator.is_main_process:
         run.checkpoints.tidy(resume_from)
-    copied = copy.deepcopy(run.unet).eval().requires_grad_(False)
-    sampled = Generator(copied, autoencoder, scheduler, class_names, image_size, config.guidance, precision)
     report = Report(config, run, sampled, accelerator, fid_every, monitor, on_metrics, num_images=len(labels))
     names = [name for name, _ in run.unet.named_parameters()]
     snapshots = Snapshots(output_dir / "ema_snapshots", names, optim.ema_stds, optim.max_train_steps)
-    if optim.compiles_on(device.type):
-        run.unet.compile()  # in place: names of the weights stay; the copy that samples was made before
-    unet, optimizer = accelerator.prepare(run.unet, run.optimizer)
     unet.train()
     first = batches.at(run.step)[0]
     fix_order_of_sums(accelerator, unet, lambda: objective(unet, first.latents, first.labels, first.draws))
@@ -120,18 +125,19 @@ def train_diffusion(
                     loss = objective(unet, part.latents, part.labels, part.draws) / len(parts)
                     accelerator.backward(loss)
                 losses.append(loss.detach())
-            norm = accelerator.clip_grad_norm_(run.unet.parameters(), optim.max_grad_norm)
+            norm = whole(accelerator.clip_grad_norm_(run.unet.parameters(), optim.max_grad_norm))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             run.step += 1
             run.ema.update(run.step)
 
             # --- report and save
-            if optim.posthoc_ema_stds and accelerator.is_main_process:
-                snapshots.save(run.ema, run.step)
+            if optim.posthoc_ema_stds:
+                snapshots.save(run.ema, run.step, write=accelerator.is_main_process)
             report.after_step(losses, norm)
             keeper.after_step(run.step)
-    best = best_ema(run.distances, optim.ema_stds)
+    # Only the main process knows the distances, and under FSDP all of them put the average together.
+    best = broadcast_object_list([best_ema(run.distances, optim.ema_stds)])[0]
     return report.choose_width(snapshots, best) if optim.posthoc_ema_stds else report.generator(best)
 
 
