@@ -171,8 +171,8 @@ class MonitorConfig:
     training, counted in multiplications, 50 points at most; the last step always is one."""
     fid_num_images: int = 1000
     """Generated images per point of the FID curve."""
-    fid_num_inference_steps: int = 20
-    """Sampler steps for the FID curve."""
+    fid_num_inference_steps: int = 10
+    """Steps of DPM-Solver++ for the FID curve and the sample grids."""
     fd_network: str | None = None
     """Network in whose features images are compared: `inception` (the 2015-12-05 weights, downloaded if not at hand),
     `observer`, or folder or hub id of a transformers vision backbone (facebook/dinov2-base). Default: Inception where

@@ -26,6 +26,7 @@ from ddgen.config import (
 from ddgen.data import ImageDataset
 from ddgen.diffusion.generator import check_sampling
 from ddgen.diffusion.objective import build_scheduler
+from ddgen.diffusion.report import MONITOR_SAMPLER
 from ddgen.diffusion.training import micro_batches
 from ddgen.diffusion.unet import build_unet
 from ddgen.errors import UserError
@@ -146,8 +147,9 @@ def check_training(config: TrainConfig, dataset: ImageDataset, accelerator: Acce
     processes, optim = accelerator.num_processes, config.optimizer
     micro_batches(optim.train_batch_size, optim.gradient_accumulation_steps, accelerator)
     build_scheduler(config.denoiser)
-    for steps in (config.guidance.num_inference_steps, config.monitor.fid_num_inference_steps):
-        check_sampling(replace(config.guidance, num_inference_steps=steps), config.denoiser.prediction_type)
+    steps = config.monitor.fid_num_inference_steps
+    for sampling in (config.guidance, replace(config.guidance, num_inference_steps=steps, sampler=MONITOR_SAMPLER)):
+        check_sampling(sampling, config.denoiser.prediction_type)
     autoencoder = None
     if optim.posthoc_ema_stds and config.monitor.fid_every == 0:
         raise UserError("--posthoc_ema_stds: widths are chosen by their FD; set --fid_every, or leave them out")

@@ -99,8 +99,12 @@ def train_diffusion(
     names = [name for name, _ in run.unet.named_parameters()]
     snapshots = Snapshots(output_dir / "ema_snapshots", names, optim.ema_stds, optim.max_train_steps)
     unet.train()
-    first = batches.at(run.step)[0]
-    fix_order_of_sums(accelerator, unet, lambda: objective(unet, first.latents, first.labels, first.draws))
+
+    def any_loss() -> Tensor:
+        part = batches.at(run.step)[0]
+        return objective(unet, part.latents, part.labels, part.draws)
+
+    fix_order_of_sums(accelerator, unet, any_loss)
 
     # --- loop
     with note_signals() as noted, closing(report), closing(batches):

@@ -55,6 +55,7 @@ def build_unet(config: DenoiserConfig, *, latent_channels: int, latent_size: int
         up_block_types=tuple("AttnUpBlock2D" if i in attention else "UpBlock2D" for i in reversed(range(levels))),
         attention_head_dim=min(64, *channels),
         dropout=config.unet_dropout,
+        resnet_time_scale_shift="scale_shift",  # Dhariwal & Nichol 2021, section 4; docs/recipe.md has what it gains
         num_class_embeds=num_classes + 1,
     )
     _initialise(unet)
