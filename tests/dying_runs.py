@@ -35,6 +35,7 @@ from ddgen.errors import UserError
 torch.set_num_threads(1)
 tqdm.tqdm.monitor_interval = 0  # no thread, so that forking is safe
 train.draw_curve = lambda *_, **__: None  # a second a picture
+train.first_lines = lambda *_, **__: ""  # steps that are timed
 
 
 def in_child(work: Callable[[], int]) -> int:

@@ -392,8 +392,8 @@ def test_signals_are_noted_in_a_training_and_stop_at_once_elsewhere() -> None:
 def test_a_training_is_stopped_with_its_launcher(tmp_path: Path) -> None:
     """``accelerate launch`` passes no signal on to a single process."""
     (tmp_path / "training.py").write_text(
-        "import signal, time\nfrom pathlib import Path\nfrom ddgen.launch import stop_with_launcher\n"
-        "signal.signal(signal.SIGTERM, lambda number, _: Path('stopped').write_text(str(number)))\n"
+        "import os, signal, time\nfrom pathlib import Path\nfrom ddgen.launch import stop_with_launcher\n"
+        "signal.signal(signal.SIGTERM, lambda number, _: (Path('stopped').write_text(str(number)), os._exit(0)))\n"
         "stop_with_launcher()\nprint('ready', flush=True)\ntime.sleep(60)\n"
     )
     launcher = subprocess.Popen(

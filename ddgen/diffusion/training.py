@@ -70,7 +70,7 @@ def train_diffusion(
         Stopped: SIGTERM or Ctrl-C; a checkpoint has been written.
     """
     # --- set up
-    device, optim, seed = accelerator.device, config.optimizer, config.run.seed
+    device, optim = accelerator.device, config.optimizer
     run = TrainingRun.start(
         config, latents, class_names, accelerator=accelerator, precision=precision, output_dir=output_dir
     )
@@ -94,8 +94,12 @@ def train_diffusion(
         run.unet.compile()  # in place: names of the weights stay; the copy that samples was made before
     unet, optimizer = accelerator.prepare(run.unet, run.optimizer)
     unet.train()
-    first = batches.at(run.step)[0]
-    fix_order_of_sums(accelerator, unet, lambda: objective(unet, first.latents, first.labels, first.draws))
+
+    def any_loss() -> Tensor:
+        part = batches.at(run.step)[0]
+        return objective(unet, part.latents, part.labels, part.draws)
+
+    fix_order_of_sums(accelerator, unet, any_loss)
 
     # --- loop
     with note_signals() as noted, closing(report), closing(batches):
@@ -112,7 +116,7 @@ def train_diffusion(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(optim, run.step)
             if config.denoiser.unet_dropout:
-                torch.manual_seed(derive(seed, "diffusion", "dropout", run.step, accelerator.process_index))
+                torch.manual_seed(derive(config.run.seed, "diffusion", "dropout", run.step, accelerator.process_index))
             losses = []
             parts = batches.at(run.step)
             for number, part in enumerate(parts):
