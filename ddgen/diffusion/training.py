@@ -72,7 +72,7 @@ def train_diffusion(
         Stopped: SIGTERM or Ctrl-C; a checkpoint has been written.
     """
     # --- set up
-    device, optim, seed = accelerator.device, config.optimizer, config.run.seed
+    device, optim = accelerator.device, config.optimizer
     run = TrainingRun.start(
         config, latents, class_names, accelerator=accelerator, precision=precision, output_dir=output_dir
     )
@@ -121,7 +121,7 @@ def train_diffusion(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(optim, run.step)
             if config.denoiser.unet_dropout:
-                torch.manual_seed(derive(seed, "diffusion", "dropout", run.step, accelerator.process_index))
+                torch.manual_seed(derive(config.run.seed, "diffusion", "dropout", run.step, accelerator.process_index))
             losses = []
             parts = batches.at(run.step)
             for number, part in enumerate(parts):
