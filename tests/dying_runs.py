@@ -107,7 +107,7 @@ EVENTS: dict[str, Callable[..., Callable[[], None]]] = {
     "nothing": lambda: lambda: None,
     "signal_at": signal_at,
     "full_disk": full_disk,
-    "die_in_latents": lambda: lambda: before(latents, "_standardise_in_place", die),
+    "die_in_latents": lambda: lambda: before(latents, "_finish", die),
     "die_in_generator": lambda: lambda: before(generator.shutil, "copy", die),
 }
 
