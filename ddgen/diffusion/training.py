@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddgen.autoencoder.autoencoder import Autoencoder
 from ddgen.autoencoder.latents import LatentCache
-from ddgen.config import TrainConfig
-from ddgen.diffusion.batches import Batches
+from ddgen.config import OptimizerConfig, TrainConfig
+from ddgen.diffusion.batches import Batches, MicroBatch
 from ddgen.diffusion.generator import Generator
 from ddgen.diffusion.objective import DiffusionLoss, build_scheduler, learning_rate, micro_batch
 from ddgen.diffusion.pipeline import Schedule
@@ -85,12 +85,7 @@ def train_diffusion(
     # --- load
     copied = copy.deepcopy(run.unet).eval().requires_grad_(False)
     sampled = Generator(copied, autoencoder, scheduler, class_names, image_size, config.guidance, precision)
-    if optim.gradient_checkpointing:
-        run.unet.enable_gradient_checkpointing()
-    if optim.compiles_on(device.type) and not (optim.torch_compile is None and uses_fsdp(accelerator)):
-        run.unet.compile()  # in place: names of the weights stay; the copy that samples was made before
-    unet, optimizer = accelerator.prepare(run.unet, run.optimizer)
-    run.follow(optim)
+    unet, optimizer = _prepare(run, optim, accelerator)
     if resume_from is not None:
         run.checkpoints.load(resume_from, run.go_back)
     if accelerator.is_main_process:
@@ -122,13 +117,7 @@ def train_diffusion(
                 group["lr"] = learning_rate(optim, run.step)
             if config.denoiser.unet_dropout:
                 torch.manual_seed(derive(config.run.seed, "diffusion", "dropout", run.step, accelerator.process_index))
-            losses = []
-            parts = batches.at(run.step)
-            for number, part in enumerate(parts):
-                with accelerator.no_sync(unet) if number < len(parts) - 1 else nullcontext():
-                    loss = objective(unet, part.latents, part.labels, part.draws) / len(parts)
-                    accelerator.backward(loss)
-                losses.append(loss.detach())
+            losses = _accumulate_gradients(unet, objective, batches.at(run.step), accelerator)
             norm = whole(accelerator.clip_grad_norm_(run.unet.parameters(), optim.max_grad_norm))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -143,6 +132,32 @@ def train_diffusion(
     # Only the main process knows the distances, and under FSDP all of them put the average together.
     best = broadcast_object_list([best_ema(run.distances, optim.ema_stds)])[0]
     return report.choose_width(snapshots, best) if optim.posthoc_ema_stds else report.generator(best)
+
+
+def _prepare(
+    run: TrainingRun, optim: OptimizerConfig, accelerator: Accelerator
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Makes the denoiser what is trained: compiled, spread over the processes."""
+    if optim.gradient_checkpointing:
+        run.unet.enable_gradient_checkpointing()
+    if optim.compiles_on(accelerator.device.type) and not (optim.torch_compile is None and uses_fsdp(accelerator)):
+        run.unet.compile()  # in place: names of the weights stay; the copy that samples was made before
+    unet, optimizer = accelerator.prepare(run.unet, run.optimizer)
+    run.follow(optim)
+    return unet, optimizer
+
+
+def _accumulate_gradients(
+    unet: nn.Module, objective: DiffusionLoss, parts: list[MicroBatch], accelerator: Accelerator
+) -> list[Tensor]:
+    """Returns the loss of every micro-batch, as its part of the step's; processes talk at the last one only."""
+    losses = []
+    for number, part in enumerate(parts):
+        with accelerator.no_sync(unet) if number < len(parts) - 1 else nullcontext():
+            loss = objective(unet, part.latents, part.labels, part.draws) / len(parts)
+            accelerator.backward(loss)
+        losses.append(loss.detach())
+    return losses
 
 
 def best_ema(distances: dict[str, list[tuple[int, float]]], stds: tuple[float, ...]) -> float:
