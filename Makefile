@@ -36,7 +36,7 @@ demo: $(STAMP)
 	$(BIN)/python evaluate.py --run_dir "$$dir" --epochs 30 --repeats 2
 
 test: lint typecheck
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

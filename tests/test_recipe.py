@@ -204,10 +204,13 @@ def test_the_width_with_the_lowest_distance_becomes_the_generator(tmp_path: Path
     best = min(distances, key=lambda std: distances[std])
     unet = load_file(run_dir / "generator" / "unet" / "diffusion_pytorch_model.safetensors")
     snapshots = Snapshots(run_dir / "ema_snapshots", sorted(unet), (0.05, 0.1), 4)
-    for std in ("0.07", "0.2", "0.05", "0.1"):
+
+    def difference(std: str) -> float:
         average = snapshots.average(float(std), 4)
-        same = all(torch.allclose(unet[name], average[name], atol=2e-4) for name in unet)
-        assert same == (std == best), std
+        return max((unet[name] - average[name]).abs().max().item() for name in unet)
+
+    assert min(distances, key=difference) == best
+    assert difference(best) < 2e-3  # snapshots are float16
 
 
 # --- pixel space and prediction types through the commands

@@ -27,6 +27,7 @@ from ddgen.resume import Checkpoints, Keeper, LossWatch, Snapshot
 from ddgen.seeds import batch_indices
 from ddgen.stopping import Noted, note_signals, stop_at_once
 
+pytestmark = pytest.mark.xdist_group("resume")  # one worker, so that the long fixture is made once
 CLOCKS = {"images_per_second", "tflops", "seconds"}
 # Checkpoints fall between the lines of the metrics, in the middle of an epoch; dropout draws in every step.
 RECIPE = [*SMALL, "--log_every", "3", "--checkpoints_total_limit", "1", "--gradient_accumulation_steps", "2"]
