@@ -66,8 +66,8 @@ class Settings:
 
     cases: tuple[str, ...] = ("cifar10_cpu", "64px")
     """Which cases."""
-    rounds: int = 5
-    """Turns of every contestant; the first is not counted."""
+    rounds: int = 4
+    """Counted turns of every contestant; one before them is not counted."""
     steps: int = 3
     """Steps of a turn."""
     batch_size: int = 128
@@ -123,7 +123,7 @@ def _measure(case: str, settings: Settings, accelerator: Accelerator, precision:
         "plain": _plain_loop(config, vae, image_size, settings.steps, device, folder),
     }
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for round_number in range(settings.rounds):
+    for round_number in range(settings.rounds + 1):
         for name, turn in contestants.items():
             spent = turn()
             if round_number:
