@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from ddgen.autoencoder.autoencoder import Autoencoder, to_images, to_pixels, wrap
-from ddgen.autoencoder.equivariance import draw_transform
+from ddgen.autoencoder.equivariance import Transform, draw_transform
 from ddgen.autoencoder.patch_autoencoder import PatchAutoencoderKL
 from ddgen.autoencoder.pca import fit_pca
 from ddgen.config import AutoencoderConfig
@@ -217,23 +217,15 @@ def _fit(
             for group in optimizer.param_groups:
                 warm = min(1.0, (step + 1) / 100)
                 group["lr"] = config.vae_learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
-            chosen = chosen_at(step)
-            draws = torch_generator(seed, "autoencoder", "noise", step)
-            mirrored = (torch.rand(batch_size, generator=draws) < 0.5) & flip
-            noise = torch.randn(batch_size, model.config.latent_channels, latent_size, latent_size, generator=draws)
-            images = to_images(pixels[chosen[mine]])
-            images = torch.where(mirrored[mine, None, None, None], images.flip(-1), images).to(device)
-            transform = None
-            if config.vae_equivariance_weight:
-                transform = draw_transform(latent_size, torch_generator(seed, "autoencoder", "transform", step))
+            batch = _draw_batch(model, config, pixels, chosen_at(step), mine, step, seed, flip, device)
             with autocast(device, precision):
-                restored, posterior, moved = ddp(images, noise[mine].to(device), transform)
-            error = F.mse_loss(restored.float(), images)
+                restored, posterior, moved = ddp(batch.images, batch.noise, batch.transform)
+            error = F.mse_loss(restored.float(), batch.images)
             loss = error + config.vae_kl_weight * posterior.kl().mean()
             if perceptual is not None and config.vae_perceptual_weight:
-                loss = loss + config.vae_perceptual_weight * perceptual(restored.float(), images)
-            if transform is not None:
-                wanted = transform(images, model.config.downsample)
+                loss = loss + config.vae_perceptual_weight * perceptual(restored.float(), batch.images)
+            if batch.transform is not None:
+                wanted = batch.transform(batch.images, model.config.downsample)
                 loss = loss + config.vae_equivariance_weight * F.mse_loss(moved.float(), wanted)
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(model.parameters(), 1.0)
@@ -249,6 +241,38 @@ def _fit(
     if scaler is not None:
         scaler.load_state_dict(first_scale)  # the next training starts from it, whether this one ran before or not
     return average.module.state_dict()
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Images (b, 3, h, w) in [-1, 1], standard normal noise for their posteriors, and the equivariance transform."""
+
+    images: Tensor
+    noise: Tensor
+    transform: Transform | None
+
+
+def _draw_batch(
+    model: PatchAutoencoderKL,
+    config: AutoencoderConfig,
+    pixels: Tensor,
+    chosen: Tensor,
+    mine: slice,
+    step: int,
+    seed: int,
+    flip: bool,
+    device: torch.device,
+) -> _Batch:
+    """Returns this process's part of the batch of a step; everything random in it is a function of seed and step."""
+    draws, size = torch_generator(seed, "autoencoder", "noise", step), pixels.shape[-1] // model.config.downsample
+    mirrored = (torch.rand(len(chosen), generator=draws) < 0.5) & flip
+    noise = torch.randn(len(chosen), model.config.latent_channels, size, size, generator=draws)
+    images = to_images(pixels[chosen[mine]])
+    images = torch.where(mirrored[mine, None, None, None], images.flip(-1), images)
+    transform = None
+    if config.vae_equivariance_weight:
+        transform = draw_transform(size, torch_generator(seed, "autoencoder", "transform", step))
+    return _Batch(images.to(device), noise[mine].to(device), transform)
 
 
 @dataclass

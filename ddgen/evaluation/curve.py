@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
 import re
@@ -107,8 +108,8 @@ def _panels(metrics: dict[str, Series]) -> list[list[str]]:
 
 
 def _draw_panel(axes: Axes, metrics: dict[str, Series], best: tuple[str, float, str, float] | None) -> None:
-    for dashes, (_, series) in zip(DASHES, metrics.items(), strict=False):
-        for colour, points in zip(COLOURS * len(series), series.values(), strict=False):
+    for dashes, series in zip(DASHES, metrics.values(), strict=False):
+        for colour, points in zip(itertools.cycle(COLOURS), series.values(), strict=False):
             steps, heights = zip(*points, strict=True)
             axes.plot(steps, heights, color=colour, linestyle=dashes, marker="o", markersize=3.5, linewidth=1.8)
     kinds = [_kind(name) for name in metrics]
@@ -161,7 +162,8 @@ def _legend(axes: Axes, kinds: list[str], averages: list[str]) -> None:
     """Names the averages by colour, in the first panel alone, and by their line the measures that share a panel."""
     lines = []
     if len(averages) > 1 and kinds[0] in PANELS[0]:
-        lines = [Line2D([], [], color=colour, label=_label(at)) for colour, at in zip(COLOURS, averages, strict=False)]
+        colours = itertools.cycle(COLOURS)
+        lines = [Line2D([], [], color=next(colours), label=_label(average)) for average in averages]
     if len(kinds) > 1:
         lines += [
             Line2D([], [], color=GREY, linestyle=line, label=kind) for line, kind in zip(DASHES, kinds, strict=False)
@@ -171,7 +173,7 @@ def _legend(axes: Axes, kinds: list[str], averages: list[str]) -> None:
 
 
 def _label(average: str) -> str:
-    return average.replace("ema_", "EMA std ") if average else "model"
+    return average.replace("ema_", "EMA std ").replace("posthoc_", "EMA afterwards, std ") if average else "model"
 
 
 _WORDS = {
