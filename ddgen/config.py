@@ -29,7 +29,7 @@ DatasetName = Literal[
     "digits", "cifar10", "cifar100", "tinyimagenet", "imagenette", "imagewoof", "imagenet1k", "imagefolder", "parquet"
 ]
 Precision = Literal["no", "bf16", "fp16"]
-Sampler = Literal["ddim", "dpmsolver++", "unipc"]
+Sampler = Literal["ddim", "dpmsolver++", "unipc", "heun", "ipndm"]
 
 
 @dataclass(frozen=True)
@@ -192,13 +192,15 @@ class GuidanceConfig:
     """Sampling of the diffusion model."""
 
     num_inference_steps: int = 50
-    """Sampler steps."""
+    """Sampler steps, 1 to 1000. A step asks the denoiser once; one of heun, but for the last, twice."""
     guidance_scale: float = 1.5
     """Classifier-free guidance; 1 is none."""
     guidance_interval: tuple[float, float] = (0.30, 0.85)
     """Part of the noise levels, 0 clean to 1 noise in the schedule's time, in which guidance acts."""
     sampler: Sampler = "ddim"
     """Solver."""
+    eta: float = 0.0
+    """Fresh noise in every step of ddim: 0 none, 1 as much as in DDPM."""
 
 
 @dataclass(frozen=True)
@@ -289,6 +291,13 @@ class SampleConfig:
     """Noise levels in which guidance acts. Default: the run's."""
     sampler: Sampler | None = None
     """Solver. Default: the run's."""
+    eta: float | None = None
+    """Fresh noise in every step of ddim, 0 to 1. Default: the run's."""
+    guide_checkpoint: str | None = None
+    """Guide away from a worse model of the same latents and classes (autoguidance) instead of from the model without a
+    class: folder of a generator, of a run, or of an earlier checkpoint, checkpoints/step-* ."""
+    torch_compile: bool | None = None
+    """Compile the denoiser for sampling, which costs a minute or more at the start. Default: on a GPU."""
     sample_batch_size: int = 128
     """Images sampled together; does not change them."""
     observer: str | None = None
@@ -308,6 +317,10 @@ class SampleConfig:
     it."""
     dry_run: bool = False
     """Say what would happen and stop."""
+
+    def compiles_on(self, device_type: str) -> bool:
+        """Whether sampling compiles the denoiser on this type of device."""
+        return device_type == "cuda" if self.torch_compile is None else self.torch_compile
 
 
 @dataclass(frozen=True)
@@ -363,7 +376,7 @@ RANGES: dict[str, tuple[float, float]] = {
         "vae_learning_rate", "learning_rate", "max_grad_norm", "observer_learning_rate", "logit_std", "snr_gamma",
         "flow_shift", "soft_label_temperature",
     )},
-    **{name: (0, 1) for name in ("unet_dropout", "class_dropout", "lr_decay_fraction", "guidance_interval")},
+    **{name: (0, 1) for name in ("unet_dropout", "class_dropout", "lr_decay_fraction", "guidance_interval", "eta")},
     "observer_holdout": (0.001, 0.9),
     "fid_num_images": (6, math.inf),  # neighbours are counted up to the fifth
     "ema_stds": (0.005, 0.25),

@@ -26,7 +26,7 @@ from ddgen.diffusion.batches import Batches
 from ddgen.diffusion.ema import PowerEMA
 from ddgen.diffusion.flops import flops_per_image
 from ddgen.diffusion.objective import DiffusionLoss, build_scheduler
-from ddgen.diffusion.pipeline import Schedule
+from ddgen.diffusion.samplers import Schedule
 from ddgen.diffusion.training import train_diffusion
 from ddgen.diffusion.unet import build_unet
 from ddgen.hardware import peak_flops, readable_bytes, readable_flops

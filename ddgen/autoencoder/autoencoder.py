@@ -18,7 +18,7 @@ from ddgen.autoencoder.identity_autoencoder import IdentityAutoencoder
 from ddgen.autoencoder.patch_autoencoder import PatchAutoencoderKL
 from ddgen.checkpoint import atomic_dir, read_json, write_json
 from ddgen.errors import UserError
-from ddgen.precision import autocast
+from ddgen.precision import DTYPES, autocast
 
 OWN = {kind.__name__: kind for kind in (PatchAutoencoderKL, IdentityAutoencoder)}
 """Autoencoders that diffusers does not have; their files travel with the weights."""
@@ -29,26 +29,34 @@ class Autoencoder:
     """A diffusers autoencoder and the per-channel statistics of its latents.
 
     Attributes:
-        vae: Anything with diffusers' ``encode`` and ``decode``; in eval mode, on one device, float32 weights.
+        vae: Anything with diffusers' ``encode`` and ``decode``; in eval mode, on one device; float32 weights, unless cast for
+            sampling.
         latents_mean: (d, 1, 1), of the raw latents of the training images.
         latents_std: (d, 1, 1), likewise.
         precision: Autocast precision, resolved.
+        stored_fingerprint: Fingerprint of the weights before they were cast; None if they were not.
     """
 
     vae: Any
     latents_mean: Tensor
     latents_std: Tensor
     precision: str
+    stored_fingerprint: str | None = None
 
     @property
     def device(self) -> torch.device:
         device: torch.device = next(self.vae.parameters()).device
         return device
 
+    @property
+    def _dtype(self) -> torch.dtype:
+        dtype: torch.dtype = next(self.vae.parameters()).dtype
+        return dtype
+
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Encodes images (b, 3, h, w) in [-1, 1] to the raw mean and standard deviation, float32 (b, d, h', w')."""
         with torch.inference_mode(), autocast(self.device, self.precision):
-            encoded = self.vae.encode(images.to(self.device))
+            encoded = self.vae.encode(images.to(self.device, self._dtype))
         if hasattr(encoded, "latent_dist"):
             return encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
         latents = (encoded.latents if hasattr(encoded, "latents") else encoded.latent).float()
@@ -63,15 +71,24 @@ class Autoencoder:
         """Decodes standardised latents (b, d, h, w) to images, float32 (b, 3, h * f, w * f), clamped to [-1, 1]."""
         mean, std = self.latents_mean.to(self.device), self.latents_std.to(self.device)
         with torch.inference_mode(), autocast(self.device, self.precision):
-            images = self.vae.decode(latents.to(self.device) * std + mean).sample
+            images = self.vae.decode((latents.to(self.device) * std + mean).to(self._dtype)).sample
         return images.float().clamp(-1, 1)
 
     def with_statistics(self, mean: Tensor, std: Tensor) -> Autoencoder:
         """Returns this autoencoder with per-channel statistics, (d,) each."""
         return replace(self, latents_mean=mean.reshape(-1, 1, 1).float(), latents_std=std.reshape(-1, 1, 1).float())
 
+    def cast(self) -> Autoencoder:
+        """Returns this autoencoder for sampling only: its weights themselves in the format that autocast casts to."""
+        if self.precision == "no":
+            return self
+        fingerprint, vae = self.fingerprint(), self.vae.to(DTYPES[self.precision])
+        return replace(self, vae=vae, precision="no", stored_fingerprint=fingerprint)
+
     def fingerprint(self) -> str:
-        """Returns a hash of the weights and of the configuration."""
+        """Returns a hash of the weights, as they are stored, and of the configuration."""
+        if self.stored_fingerprint is not None:
+            return self.stored_fingerprint
         config = {name: value for name, value in self.vae.config.items() if not name.startswith("_")}
         digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
         for name, value in sorted(self.vae.state_dict().items()):

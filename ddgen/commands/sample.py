@@ -16,6 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ddgen.checkpoint import read_json, remove_dir, write_bytes
+from ddgen.commands.own_generator import own_generator
 from ddgen.commands.runs import (
     command_line,
     find_run,
@@ -29,8 +30,7 @@ from ddgen.config import (
     TrainConfig,
 )
 from ddgen.data import check_class_order
-from ddgen.diffusion.generator import Generator, check_sampling, load_generator
-from ddgen.diffusion.pipeline import Schedule
+from ddgen.diffusion.generator import Generator
 from ddgen.distill.dataset import DistilledDataset
 from ddgen.distill.pool import CandidatePool
 from ddgen.distill.relabel import soft_labels
@@ -55,14 +55,7 @@ def sample(config: SampleConfig) -> int:
     say(f"run: {run_dir} ({chosen})")
     clock = _Clock(say)
     run_config = read_run_config(run_dir)
-    generator = load_generator(run_dir / "generator", accelerator.device, precision).with_sampling(
-        num_inference_steps=config.num_inference_steps,
-        guidance_scale=config.guidance_scale,
-        guidance_interval=config.guidance_interval,
-        sampler=config.sampler,
-    )
-    schedule = Schedule.of(generator.scheduler)
-    check_sampling(generator.sampling, schedule.prediction_type, len(schedule.times))
+    generator = own_generator(config, run_dir / "generator", accelerator.device, precision)
     observer = Observer.load(config.observer or run_dir / "observer", generator.class_names)
     if observer.accuracy is None:
         observer.accuracy = held_out_accuracy(observer, run_config.data, accelerator, precision)
@@ -73,7 +66,7 @@ def sample(config: SampleConfig) -> int:
         say(f"dry run: {total:,} candidates, {config.ipc} of {count} kept in each class -> {output_dir}")
         return 0
 
-    settings = _pool_settings(generator, precision, accelerator.device)
+    settings = generator.settings()
     pool_dir = run_dir / "pool" / f"seed{config.seed}-{_short_hash(settings)}"
     with accelerator.main_process_first():
         pool = CandidatePool.open(
@@ -184,7 +177,7 @@ def _provenance(
     check_class_order(
         real["class_names"], generator.class_names, expected_name="the training images", found_name="the generator"
     )
-    sampling, optim = generator.sampling, run_config.optimizer
+    optim = run_config.optimizer
     return {
         "dataset": real["name"],
         "dataset_fingerprint": real["fingerprint"],
@@ -200,27 +193,12 @@ def _provenance(
             "images per class": config.ipc,
             "candidates per image kept": config.candidates_per_image,
             "selection": "lowest realism loss of the observer (RDED)",
-            "sampler": f"{sampling.sampler}, {sampling.num_inference_steps} steps",
-            "guidance": "{} in {} to {}".format(sampling.guidance_scale, *sampling.guidance_interval),
+            **generator.describe(),
             "generator training": f"{optim.max_train_steps} steps of {optim.train_batch_size}",
             "observer": f"{observer.network}, {observer.accuracy:.1%} on held-out real images",
             "soft label temperature": config.soft_label_temperature,
-            "precision": precision,
             "seed": config.seed,
         },
-    }
-
-
-def _pool_settings(generator: Generator, precision: str, device: torch.device) -> dict[str, Any]:
-    sampling = generator.sampling
-    return {
-        "generator": generator.fingerprint(),
-        "sampler": sampling.sampler,
-        "num_inference_steps": sampling.num_inference_steps,
-        "guidance_scale": sampling.guidance_scale,
-        "guidance_interval": list(sampling.guidance_interval),
-        "precision": precision,
-        "device": device.type,
     }
 
 

@@ -102,7 +102,7 @@ _MAY_CHANGE = {
     *("checkpointing_steps", "checkpoints_total_limit", "log_every", "report_to", "sample_every", "fid_every"),
     *("fid_num_images", "fid_num_inference_steps", "fd_network", "inception_weights", "mixed_precision"),
     "torch_compile",
-    *("gradient_accumulation_steps", "num_inference_steps", "guidance_scale", "guidance_interval", "sampler"),
+    *("gradient_accumulation_steps", "num_inference_steps", "guidance_scale", "guidance_interval", "sampler", "eta"),
     "gradient_checkpointing",
 }
 _OF_OBSERVER = {"observer", *(name for name in vars(ObserverConfig()) if name.startswith("observer_"))}
@@ -148,8 +148,11 @@ def check_training(config: TrainConfig, dataset: ImageDataset, accelerator: Acce
     micro_batches(optim.train_batch_size, optim.gradient_accumulation_steps, accelerator)
     build_scheduler(config.denoiser)
     steps = config.monitor.fid_num_inference_steps
-    for sampling in (config.guidance, replace(config.guidance, num_inference_steps=steps, sampler=MONITOR_SAMPLER)):
-        check_sampling(sampling, config.denoiser.prediction_type)
+    for sampling in (
+        config.guidance,
+        replace(config.guidance, num_inference_steps=steps, sampler=MONITOR_SAMPLER, eta=0.0),
+    ):
+        check_sampling(sampling)
     autoencoder = None
     if optim.posthoc_ema_stds and config.monitor.fid_every == 0:
         raise UserError("--posthoc_ema_stds: widths are chosen by their FD; set --fid_every, or leave them out")

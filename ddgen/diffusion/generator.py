@@ -6,11 +6,10 @@ import hashlib
 import inspect
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from torch import Tensor, nn
@@ -18,13 +17,31 @@ from torch import Tensor, nn
 from ddgen.autoencoder.autoencoder import OWN, Autoencoder, load_pretrained, to_pixels
 from ddgen.checkpoint import atomic_dir, read_json, write_json
 from ddgen.config import GuidanceConfig
-from ddgen.diffusion import pipeline
-from ddgen.diffusion.pipeline import Schedule, guide, solve
+from ddgen.diffusion import guidance, pipeline, samplers
+from ddgen.diffusion.guidance import guided_denoiser
+from ddgen.diffusion.samplers import Schedule, num_evaluations, solve
 from ddgen.errors import UserError
-from ddgen.precision import autocast, memory_format
+from ddgen.precision import DTYPES, autocast, memory_format
 from ddgen.seeds import torch_generator
+from ddgen.timing import Timed, untimed
 
+TRAVELLING_FILES = [Path(str(module.__file__)) for module in (pipeline, samplers, guidance)]
 SCHEDULERS = {kind.__name__: kind for kind in (DDIMScheduler, FlowMatchEulerDiscreteScheduler)}
+
+
+@dataclass(frozen=True)
+class Guide:
+    """A worse denoiser of the same latents, schedule and classes, for autoguidance.
+
+    Attributes:
+        unet: On the generator's device, in its number format.
+        fingerprint: Hash of the weights as they are stored.
+        name: What it is, for a person.
+    """
+
+    unet: Any
+    fingerprint: str
+    name: str
 
 
 @dataclass(frozen=True)
@@ -38,8 +55,11 @@ class Generator:
         class_names: Name of every class, in label order.
         image_size: Side of the images in pixels.
         sampling: How to sample.
-        precision: Autocast precision, resolved.
+        precision: In which format the denoiser computes, resolved: autocast, or that of its weights.
         ema_std: Relative width of the average that the weights are; None if not known.
+        guide: What autoguidance goes away from; None for classifier-free guidance.
+        stored_fingerprint: Fingerprint of the weights before they were cast; None if they were not.
+        compiled_batch_size: Size to which batches are filled up, for which the denoiser is compiled; None if it is not.
     """
 
     unet: Any
@@ -50,13 +70,29 @@ class Generator:
     sampling: GuidanceConfig
     precision: str
     ema_std: float | None = None
+    guide: Guide | None = None
+    stored_fingerprint: str | None = None
+    compiled_batch_size: int | None = None
 
     def with_sampling(self, **overrides: Any) -> Generator:
         """Returns this generator with some sampling settings replaced; None keeps one."""
         return replace(self, sampling=replace(self.sampling, **{k: v for k, v in overrides.items() if v is not None}))
 
+    def cast(self) -> Generator:
+        """Returns this generator for sampling only: its weights themselves in the format that autocast casts to."""
+        if self.precision == "no":
+            return self
+        fingerprint, unet = self.fingerprint(), self.unet.to(DTYPES[self.precision])
+        return replace(self, unet=unet, autoencoder=self.autoencoder.cast(), stored_fingerprint=fingerprint)
+
+    def compiled(self, batch_size: int) -> Generator:
+        """Returns this generator with its denoisers compiled, which happens at the first batch, for one batch size."""
+        for network in [self.unet] if self.guide is None else [self.unet, self.guide.unet]:
+            network.compile(dynamic=False)  # in place; one graph with guidance and one without
+        return replace(self, compiled_batch_size=batch_size)
+
     @torch.inference_mode()
-    def sample(self, labels: Tensor, indices: Tensor, seed: int) -> Tensor:
+    def sample(self, labels: Tensor, indices: Tensor, seed: int, *, timed: Timed = untimed) -> Tensor:
         """Generates one image for every (class, index).
 
         An image depends on the seed, its class and its index only, not on what is sampled with it.
@@ -65,38 +101,95 @@ class Generator:
             labels: int64 (b,).
             indices: int64 (b,), which image of the class.
             seed: Seed of the pool.
+            timed: Measures the stages "sampling" and "decoding".
 
         Returns:
             Pixels, uint8 (b, 3, h, w), on the CPU.
         """
-        config, device = self.unet.config, self.unet.device
+        missing = max(0, (self.compiled_batch_size or 0) - len(labels))
+        with timed("sampling"):
+            latents = self._latents(_filled_up(labels, missing), _filled_up(indices, missing), seed)
+        with timed("decoding"):
+            return to_pixels(self.autoencoder.decode(latents[: len(labels)])).cpu()
+
+    def _latents(self, labels: Tensor, indices: Tensor, seed: int) -> Tensor:
+        """Samples standardised latents, float32 (b, d, h, w), each with a random generator of its own."""
+        config, device, settings = self.unet.config, self.unet.device, self.sampling
         shape = (config.in_channels, config.sample_size, config.sample_size)
         keys = zip(labels.tolist(), indices.tolist(), strict=True)
-        noise = torch.stack([torch.randn(shape, generator=torch_generator(seed, "sample", c, i)) for c, i in keys])
-        settings = self.sampling
-        denoise = guide(
+        sources = [torch_generator(seed, "sample", label, index) for label, index in keys]
+
+        def draw() -> Tensor:
+            return torch.stack([torch.randn(shape, generator=source) for source in sources]).to(device)
+
+        schedule = Schedule.of(self.scheduler)
+        denoise = guided_denoiser(
             self.unet,
             labels.to(device),
-            config.num_class_embeds - 1,
-            settings.guidance_scale,
-            settings.guidance_interval,
-            Schedule.of(self.scheduler),
+            null_label=config.num_class_embeds - 1,
+            scale=settings.guidance_scale,
+            interval=settings.guidance_interval,
+            schedule=schedule,
+            guide=None if self.guide is None else self.guide.unet,
         )
-        with autocast(device, self.precision):
-            latents = solve(denoise, noise.to(device), self.scheduler, settings.num_inference_steps, settings.sampler)
-        return to_pixels(self.autoencoder.decode(latents.float())).cpu()
+        steps, sampler = settings.num_inference_steps, settings.sampler
+        with autocast(device, self.precision if self.unet.dtype == torch.float32 else "no"):
+            return solve(denoise, draw(), schedule, steps, sampler, eta=settings.eta, draw=draw)
 
     def fingerprint(self) -> str:
-        """Returns a hash of all weights and of the schedule."""
+        """Returns a hash of all weights, as they are stored, and of the schedule."""
+        if self.stored_fingerprint is not None:
+            return self.stored_fingerprint
         digest = hashlib.sha256(self.autoencoder.fingerprint().encode())
-        for name, value in sorted(self.unet.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(value.detach().float().cpu().numpy().tobytes())
+        add_weights(digest, self.unet)
         digest.update(self.scheduler.to_json_string().encode())
         return digest.hexdigest()[:32]
 
+    def settings(self) -> dict[str, Any]:
+        """Returns, as JSON, everything an image depends on beside (seed, class, index)."""
+        sampling = asdict(self.sampling) | {"guidance_interval": list(self.sampling.guidance_interval)}
+        return {
+            "generator": self.fingerprint(),
+            "guide": None if self.guide is None else self.guide.fingerprint,
+            **sampling,
+            "precision": self.precision,
+            "device": self.unet.device.type,
+            "compiled": self.compiled_batch_size is not None,
+        }
 
-def check_sampling(sampling: GuidanceConfig, prediction_type: str, num_train_timesteps: int = 1000) -> None:
+    def describe(self) -> dict[str, str]:
+        """Returns what a distilled dataset's card says of where its images are from."""
+        sampling, size = self.sampling, sum(p.numel() for p in self.unet.parameters())
+        steps = f"{sampling.num_inference_steps} step{'s' if sampling.num_inference_steps > 1 else ''}"
+        evaluations = num_evaluations(sampling.sampler, sampling.num_inference_steps)
+        if evaluations != sampling.num_inference_steps:
+            steps += f" of together {evaluations} evaluations"
+        guidance = "none"
+        if sampling.guidance_scale != 1:
+            away = "" if self.guide is None else f", away from {self.guide.name}"
+            low, high = sampling.guidance_interval
+            guidance = f"{sampling.guidance_scale:g} in {low:g} to {high:g}{away}"
+        return {
+            "generator": f"UNet of {size / 1e6:.1f} million parameters, fingerprint {self.fingerprint()[:12]}",
+            "sampler": f"{sampling.sampler}{f' with eta {sampling.eta:g}' if sampling.eta else ''}, {steps}",
+            "guidance": guidance,
+            "precision": self.precision,
+        }
+
+
+def _filled_up(values: Tensor, missing: int) -> Tensor:
+    """Repeats the last of `values` (b,) as often as is missing."""
+    return torch.cat([values, values[-1:].expand(missing)])
+
+
+def add_weights(digest: Any, network: nn.Module) -> None:
+    """Adds a network's weights, as float32, to a hash."""
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().float().cpu().numpy().tobytes())
+
+
+def check_sampling(sampling: GuidanceConfig, num_train_timesteps: int = 1000) -> None:
     """Refuses settings that no sampler can honour.
 
     Raises:
@@ -105,9 +198,11 @@ def check_sampling(sampling: GuidanceConfig, prediction_type: str, num_train_tim
     steps = sampling.num_inference_steps
     if not 1 <= steps <= num_train_timesteps:
         raise UserError(f"--num_inference_steps {steps}: give 1 to {num_train_timesteps}")
-    trailing = np.arange(num_train_timesteps, 0, -num_train_timesteps / steps)
-    if sampling.sampler == "unipc" and prediction_type != "flow_prediction" and len(trailing) != steps:
-        raise UserError(f"--num_inference_steps {steps}: diffusers' unipc cannot take exactly so many; try {steps + 1}")
+    if sampling.eta and sampling.sampler != "ddim":
+        raise UserError(
+            f"--eta {sampling.eta:g}: only ddim takes fresh noise, not {sampling.sampler}; use --sampler ddim, or"
+            " --eta 0"
+        )
     low, high = sampling.guidance_interval
     if low > high:
         raise UserError(f"--guidance_interval {low} {high}: give the smaller number first")
@@ -137,18 +232,15 @@ def save_generator(
         "latents_std": generator.autoencoder.latents_std.flatten().tolist(),
         "class_names": list(generator.class_names),
         "image_size": generator.image_size,
-        "sampling": {
-            "num_inference_steps": generator.sampling.num_inference_steps,
-            "guidance_scale": generator.sampling.guidance_scale,
-            "guidance_interval": list(generator.sampling.guidance_interval),
-            "sampler": generator.sampling.sampler,
-        },
+        "sampling": asdict(generator.sampling) | {"guidance_interval": list(generator.sampling.guidance_interval)},
+        "ema_std": generator.ema_std,
     }
     with atomic_dir(path, replace=replace_existing) as temporary:
         generator.unet.to(memory_format=torch.contiguous_format).save_pretrained(temporary / "unet")
         generator.autoencoder.vae.save_pretrained(temporary / "vae")
         generator.scheduler.save_pretrained(temporary / "scheduler")
-        shutil.copy(pipeline.__file__, temporary / "pipeline.py")
+        for file in TRAVELLING_FILES:
+            shutil.copy(file, temporary / file.name)
         if own:
             shutil.copy(own, temporary / "vae")
         for picture in pictures:
@@ -158,7 +250,7 @@ def save_generator(
 
 
 def load_generator(path: Path, device: torch.device, precision: str) -> Generator:
-    """Loads what `save_generator` wrote.
+    """Loads what `save_generator` wrote, with its weights in the format it samples in.
 
     Raises:
         UserError: The folder holds no finished generator.
@@ -172,7 +264,7 @@ def load_generator(path: Path, device: torch.device, precision: str) -> Generato
     statistics = (torch.tensor(index["latents_mean"]), torch.tensor(index["latents_std"]))
     sampling = index["sampling"]
     unet = UNet2DModel.from_pretrained(path / "unet", use_safetensors=True)
-    return Generator(
+    generator = Generator(
         unet=unet.to(device, memory_format=memory_format(device, precision)).eval().requires_grad_(False),
         autoencoder=load_pretrained(str(path / "vae"), device, precision).with_statistics(*statistics),
         scheduler=SCHEDULERS[index["scheduler"][1]].from_pretrained(path / "scheduler"),
@@ -180,4 +272,6 @@ def load_generator(path: Path, device: torch.device, precision: str) -> Generato
         image_size=index["image_size"],
         sampling=GuidanceConfig(**sampling | {"guidance_interval": tuple(sampling["guidance_interval"])}),
         precision=precision,
+        ema_std=index.get("ema_std"),
     )
+    return generator.cast()

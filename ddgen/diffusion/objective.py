@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddgen.config import DenoiserConfig, OptimizerConfig
-from ddgen.diffusion.pipeline import Schedule
+from ddgen.diffusion.samplers import Schedule
 from ddgen.errors import UserError
 from ddgen.precision import autocast
 from ddgen.seeds import torch_generator

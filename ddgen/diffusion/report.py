@@ -185,7 +185,7 @@ class Report:
         labels = classes.repeat_interleave(GRID_COLUMNS)
         indices = torch.arange(GRID_COLUMNS).repeat(len(classes))
         few = generator.with_sampling(
-            num_inference_steps=self.config.monitor.fid_num_inference_steps, sampler=MONITOR_SAMPLER
+            num_inference_steps=self.config.monitor.fid_num_inference_steps, sampler=MONITOR_SAMPLER, eta=0.0
         )
         pixels = few.sample(labels, indices, self.config.run.seed)
         path = self.run.output_dir / "samples" / f"step-{self.run.step:08d}.png"
@@ -263,6 +263,7 @@ class Report:
             num_inference_steps=self.config.monitor.fid_num_inference_steps,
             guidance_scale=1.0,
             sampler=MONITOR_SAMPLER,
+            eta=0.0,
         )
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         mine = torch.arange(rank, math.ceil(count / world) * world, world) % count

@@ -99,7 +99,8 @@ class TrainingRun:
         for std, average in self.ema.averages.items():
             tensors[f"ema_{std}"] = {name: whole(tensor) for name, tensor in zip(names, average, strict=True)}
         scaler = self.scaler.state_dict() if self.scaler is not None else None
-        facts = {"scaler": scaler, "open_losses": self.open_losses}
+        latents = [self.unet.config.in_channels, self.unet.config.sample_size]  # read by autoguidance.py
+        facts = {"scaler": scaler, "open_losses": self.open_losses, "latents": latents}
         return Snapshot(self.step, tensors, whole_optimizer_state(self.optimizer), facts)
 
     def add_distance(self, metric: str, std: float, step: int, distance: float) -> None:

@@ -18,10 +18,10 @@ from ddgen.config import OptimizerConfig, TrainConfig
 from ddgen.diffusion.batches import Batches, MicroBatch
 from ddgen.diffusion.generator import Generator
 from ddgen.diffusion.objective import DiffusionLoss, build_scheduler, learning_rate, micro_batch
-from ddgen.diffusion.pipeline import Schedule
 from ddgen.diffusion.posthoc import Snapshots
 from ddgen.diffusion.report import Monitor, Report
 from ddgen.diffusion.run import TrainingRun
+from ddgen.diffusion.samplers import Schedule
 from ddgen.errors import UserError
 from ddgen.resume import Keeper, fix_order_of_sums
 from ddgen.seeds import derive
