@@ -7,6 +7,7 @@ import os
 from contextlib import AbstractContextManager
 
 import torch
+from torch import nn
 
 from ddgen.errors import UserError
 
@@ -36,6 +37,11 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
     if precision == "no":
         return contextlib.nullcontext()
     return torch.autocast(device.type, DTYPES[precision])
+
+
+def cast(network: nn.Module, precision: str) -> nn.Module:
+    """Casts weights in place to a resolved precision, and returns the network; diffusers' own `to` warns of it."""
+    return network if precision == "no" else nn.Module.to(network, DTYPES[precision])
 
 
 def memory_format(device: torch.device, precision: str) -> torch.memory_format:

@@ -18,7 +18,7 @@ from ddgen.autoencoder.identity_autoencoder import IdentityAutoencoder
 from ddgen.autoencoder.patch_autoencoder import PatchAutoencoderKL
 from ddgen.checkpoint import atomic_dir, read_json, write_json
 from ddgen.errors import UserError
-from ddgen.precision import DTYPES, autocast
+from ddgen.precision import autocast, cast
 
 OWN = {kind.__name__: kind for kind in (PatchAutoencoderKL, IdentityAutoencoder)}
 """Autoencoders that diffusers does not have; their files travel with the weights."""
@@ -29,8 +29,8 @@ class Autoencoder:
     """A diffusers autoencoder and the per-channel statistics of its latents.
 
     Attributes:
-        vae: Anything with diffusers' ``encode`` and ``decode``; in eval mode, on one device; float32 weights, unless cast for
-            sampling.
+        vae: Anything with diffusers' ``encode`` and ``decode``; in eval mode, on one device; float32 weights, unless
+            cast for sampling.
         latents_mean: (d, 1, 1), of the raw latents of the training images.
         latents_std: (d, 1, 1), likewise.
         precision: Autocast precision, resolved.
@@ -82,8 +82,8 @@ class Autoencoder:
         """Returns this autoencoder for sampling only: its weights themselves in the format that autocast casts to."""
         if self.precision == "no":
             return self
-        fingerprint, vae = self.fingerprint(), self.vae.to(DTYPES[self.precision])
-        return replace(self, vae=vae, precision="no", stored_fingerprint=fingerprint)
+        fingerprint = self.fingerprint()
+        return replace(self, vae=cast(self.vae, self.precision), precision="no", stored_fingerprint=fingerprint)
 
     def fingerprint(self) -> str:
         """Returns a hash of the weights, as they are stored, and of the configuration."""

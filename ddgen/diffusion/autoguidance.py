@@ -24,7 +24,7 @@ from ddgen.diffusion.objective import build_scheduler
 from ddgen.diffusion.samplers import Schedule
 from ddgen.diffusion.unet import build_unet
 from ddgen.errors import UserError
-from ddgen.precision import memory_format
+from ddgen.precision import cast, memory_format
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,9 @@ def load_guide(path: Path, generator: Generator) -> Guide:
     add_weights(digest, unet)
     fingerprint = digest.hexdigest()[:32]
     device = generator.unet.device
-    layout = memory_format(device, generator.precision)
-    unet = unet.to(device, generator.unet.dtype, memory_format=layout).eval().requires_grad_(False)
+    unet = unet.to(device, memory_format=memory_format(device, generator.precision)).eval().requires_grad_(False)
+    if generator.unet.dtype != torch.float32:
+        cast(unet, generator.precision)
     return Guide(unet, fingerprint, f"{path.name} (fingerprint {fingerprint[:12]})")
 
 
