@@ -1,29 +1,18 @@
-"""Diffusion room: schedule, objective, samplers, guidance, averages, the exported generator."""
+"""Diffusion room: schedule, objective, averages, the UNet."""
 
 from __future__ import annotations
 
-import itertools
 import math
-import os
-import subprocess
-import sys
-from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from ddgen.autoencoder.autoencoder import identity, wrap
-from ddgen.autoencoder.patch_autoencoder import PatchAutoencoderKL
-from ddgen.config import DenoiserConfig, GuidanceConfig, OptimizerConfig
+from ddgen.config import DenoiserConfig, OptimizerConfig
 from ddgen.diffusion.ema import PowerEMA, std_to_gamma
-from ddgen.diffusion.generator import Generator, load_generator, save_generator
 from ddgen.diffusion.objective import add_noise, build_scheduler, draw, learning_rate, loss_weights, target
-from ddgen.diffusion.pipeline import Schedule, ddim, ddim_timesteps, guide, solve, to_x0_and_noise
+from ddgen.diffusion.samplers import Schedule, to_x0_and_noise
 from ddgen.diffusion.training import best_ema
 from ddgen.diffusion.unet import build_unet
 from ddgen.errors import UserError
@@ -33,39 +22,10 @@ CONFIG = DenoiserConfig(preset="xs", unet_channels=(32, 32), unet_layers_per_blo
 
 
 KINDS = ["v_prediction", "epsilon", "flow_prediction"]
-MEAN = torch.tensor([1.5, -0.5], dtype=torch.float64)
-COVARIANCE = torch.tensor([[0.5, 0.3], [0.3, 0.4]], dtype=torch.float64)
 
 
 def scheduler_of(prediction_type: str, **settings: float):
     return build_scheduler(DenoiserConfig(prediction_type=prediction_type, **settings))  # type: ignore[arg-type]
-
-
-def gaussian_denoiser(schedule: Schedule):
-    """The optimal denoiser when the two channels of the data are N(MEAN, COVARIANCE), in closed form."""
-
-    def denoise(x: Tensor, time: float) -> Tensor:
-        alpha, sigma = (
-            torch.tensor(np.interp(time, schedule.times, table)) for table in (schedule.alphas, schedule.sigmas)
-        )
-        gain = alpha * COVARIANCE @ torch.linalg.inv(alpha**2 * COVARIANCE + sigma**2 * torch.eye(2))
-        mean = MEAN[:, None, None]
-        x0 = mean + torch.einsum("ij,bjhw->bihw", gain, x.double() - alpha * mean)
-        return target(x0, (x - alpha * x0) / sigma, alpha, sigma, schedule.prediction_type)
-
-    return denoise
-
-
-def gaussian_flow(noise: Tensor, schedule: Schedule) -> Tensor:
-    """Where that denoiser takes noise in infinitely many steps: from the last timestep's marginal to the data's.
-
-    Along the eigenvectors of the covariance the flow is MEAN + s (x - alpha MEAN) / sqrt(alpha^2 s^2 + sigma^2).
-    """
-    values, vectors = torch.linalg.eigh(COVARIANCE)
-    alpha, sigma = schedule.alphas[-1], schedule.sigmas[-1]
-    centred = torch.einsum("ji,bjhw->bihw", vectors, noise - alpha * MEAN[:, None, None])
-    scaled = centred * (values / (alpha**2 * values + sigma**2)).sqrt()[:, None, None]
-    return MEAN[:, None, None] + torch.einsum("ij,bjhw->bihw", vectors, scaled)
 
 
 def test_cosine_schedule_is_the_papers_formula() -> None:
@@ -165,129 +125,6 @@ def test_logit_normal_timesteps_have_the_stated_quantiles() -> None:
     assert torch.equal(again.noise, draws.noise) and not torch.equal(other.noise, draws.noise)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 7, 50, 333, 999, 1000])
-def test_timesteps_start_at_the_noisiest_and_never_repeat(steps: int) -> None:
-    timesteps = ddim_timesteps(1000, steps)
-    assert len(timesteps) == steps and timesteps[0] == 999 and timesteps[-1] >= 0
-    assert all(later < earlier for earlier, later in itertools.pairwise(timesteps))
-
-
-WEIGHTS = torch.randn(4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.3
-
-
-def some_denoiser(x: Tensor, time: float) -> Tensor:
-    return torch.tanh(torch.einsum("ij,bjhw->bihw", WEIGHTS.to(x.dtype), x) + time / 1000)
-
-
-@pytest.mark.parametrize("kind", ["v_prediction", "epsilon"])
-def test_ddim_is_diffusers_ddim_at_50_steps(kind: str) -> None:
-    scheduler = scheduler_of(kind)
-    noise = torch.randn(3, 4, 2, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    ours = ddim(some_denoiser, noise, Schedule.of(scheduler), 50)
-    scheduler.set_timesteps(50)
-    assert scheduler.timesteps.tolist() == ddim_timesteps(1000, 50)
-    x = noise
-    for t in scheduler.timesteps:
-        x = scheduler.step(some_denoiser(x, float(t)), t, x).prev_sample
-    assert torch.allclose(ours, x, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("shift", [1.0, 2.5])
-def test_ddim_of_a_flow_is_diffusers_euler(shift: float) -> None:
-    scheduler = scheduler_of("flow_prediction", flow_shift=shift)
-    noise = torch.randn(3, 4, 2, 2, generator=torch.Generator().manual_seed(1))
-    ours = ddim(some_denoiser, noise, Schedule.of(scheduler), 40)
-    scheduler.set_timesteps(sigmas=[(40 - i) / 40 for i in range(40)])  # diffusers shifts them
-    x = noise
-    for t in scheduler.timesteps:
-        x = scheduler.step(some_denoiser(x, float(t)), t, x).prev_sample
-    assert torch.allclose(ours, x, atol=1e-5)
-
-
-@pytest.mark.parametrize("sampler", ["ddim", "dpmsolver++", "unipc"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_samplers_reach_an_analytic_gaussian(kind: str, sampler: str) -> None:
-    scheduler = scheduler_of(kind)
-    schedule = Schedule.of(scheduler)
-    noise = torch.randn(2000, 2, 1, 1, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    flat = noise.flatten(1)
-    flat = (flat - flat.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(flat.T.cov(correction=0)).T)
-    noise = flat.reshape(noise.shape)  # mean exactly 0, covariance exactly 1
-    errors = []
-    for steps in (10, 100):
-        x = solve(gaussian_denoiser(schedule), noise, scheduler, steps, sampler)
-        errors.append((x - gaussian_flow(noise, schedule)).square().mean().sqrt().item())
-    assert errors[1] < 0.02
-    assert errors[1] < errors[0] / 2
-    x = x.flatten(1)
-    drift = schedule.alphas[-1].item()  # the last timestep is not quite noise, and sampling starts as if it were
-    assert (x.mean(0) - MEAN).abs().max() < 0.02 + 1.5 * drift
-    assert (x.T.cov(correction=0) - COVARIANCE).abs().max() < 0.02 + drift**2
-
-
-@pytest.mark.parametrize(("kind", "shift"), [("v_prediction", 1.0), ("flow_prediction", 1.0), ("flow_prediction", 3.0)])
-def test_dpm_solver_is_diffusers_own(kind: str, shift: float) -> None:
-    scheduler = scheduler_of(kind, flow_shift=shift)
-    flow = kind == "flow_prediction"
-    reference = DPMSolverMultistepScheduler(
-        beta_schedule="squaredcos_cap_v2", prediction_type=kind, timestep_spacing="trailing", use_flow_sigmas=flow,
-        flow_shift=shift,
-    )  # fmt: skip
-    noise = torch.randn(8, 2, 2, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    denoise = gaussian_denoiser(Schedule.of(scheduler))
-    ours = solve(denoise, noise, scheduler, 12, "dpmsolver++")
-    reference.set_timesteps(12)
-    times = reference.sigmas[:-1] * 1000 if flow else reference.timesteps
-    x = noise
-    for t, time in zip(reference.timesteps, times, strict=True):
-        x = reference.step(denoise(x, float(time)), t, x).prev_sample
-    assert torch.allclose(ours, x)
-
-
-class CountingUNet:
-    """Outputs the class label everywhere and counts what it is asked."""
-
-    def __init__(self) -> None:
-        self.batches: list[int] = []
-
-    def __call__(self, latents: Tensor, timesteps: Tensor, labels: Tensor) -> SimpleNamespace:
-        self.batches.append(len(latents))
-        return SimpleNamespace(sample=labels.reshape(-1, 1, 1, 1).expand_as(latents).float())
-
-
-def test_guidance_by_hand_and_only_inside_its_interval() -> None:
-    unet, labels, latents = CountingUNet(), torch.tensor([2, 4]), torch.zeros(2, 1, 1, 1)
-    denoise = guide(
-        unet, labels, null_label=10, guidance_scale=3.0, guidance_interval=(0.3, 0.8),
-        schedule=Schedule.of(scheduler_of("v_prediction")),
-    )  # fmt: skip
-    inside = denoise(latents, 499).flatten().tolist()
-    assert inside == [10 + 3 * (2 - 10), 10 + 3 * (4 - 10)]
-    for outside in (298, 800):
-        assert denoise(latents, outside).flatten().tolist() == [2, 4]
-    denoise(latents, 299), denoise(latents, 799)
-    assert unet.batches == [4, 2, 2, 4, 4]
-
-
-def test_the_interval_of_a_flow_is_its_own_time_and_starts_at_pure_noise() -> None:
-    unet = CountingUNet()
-    schedule = Schedule.of(scheduler_of("flow_prediction"))
-    denoise = guide(unet, torch.tensor([1]), 3, 2.0, (0.5, 1.0), schedule)
-    for time in (499.0, 500.0, 1000.0):
-        denoise(torch.zeros(1, 1, 1, 1), time)
-    assert unet.batches == [1, 2, 2]
-
-
-def test_guidance_of_one_is_one_forward() -> None:
-    unet = CountingUNet()
-    denoise = guide(
-        unet, torch.tensor([1]), null_label=3, guidance_scale=1.0, guidance_interval=(0, 1),
-        schedule=Schedule.of(scheduler_of("v_prediction")),
-    )  # fmt: skip
-    assert denoise(torch.zeros(1, 1, 1, 1), 500).item() == 1
-    assert unet.batches == [1]
-
-
 def test_unet_starts_at_zero_and_knows_the_null_class() -> None:
     torch.manual_seed(0)
     unet = build_unet(DenoiserConfig(preset="xs"), latent_channels=4, latent_size=8, num_classes=3)
@@ -365,120 +202,6 @@ def test_best_ema_is_the_one_with_the_lowest_last_distance() -> None:
     distances = {"ema_0.05": [(1, 9.0), (2, 5.0)], "ema_0.1": [(1, 4.0), (2, 6.0)]}
     assert best_ema(distances, (0.05, 0.1)) == 0.05
     assert best_ema({}, (0.05, 0.1)) == 0.05
-
-
-@pytest.fixture
-def generator() -> Generator:
-    """A small random generator with outputs that depend on class and noise."""
-    torch.manual_seed(0)
-    unet = build_unet(CONFIG, latent_channels=4, latent_size=4, num_classes=3)
-    for parameter in unet.parameters():
-        if parameter.abs().max() == 0:
-            torch.nn.init.normal_(parameter, std=0.05)
-    torch.nn.init.normal_(unet.class_embedding.weight)
-    vae = PatchAutoencoderKL(latent_channels=4, downsample=4, block_out_channels=())
-    autoencoder = wrap(vae, CPU, "no").with_statistics(torch.arange(4.0) / 10, torch.arange(1.0, 5.0))
-    sampling = GuidanceConfig(num_inference_steps=6, guidance_scale=2.0)
-    return Generator(
-        unet.eval().requires_grad_(False),
-        autoencoder,
-        scheduler_of("v_prediction"),
-        ("ant", "bee", "cat"),
-        16,
-        sampling,
-        "no",
-    )
-
-
-def test_an_image_depends_on_seed_class_and_index_only(generator: Generator) -> None:
-    labels, indices = torch.arange(32) % 3, torch.arange(32) // 3
-    together = generator.sample(labels, indices, seed=0)
-    apart = torch.cat([generator.sample(a, b, seed=0) for a, b in zip(labels.split(8), indices.split(8), strict=True)])
-    assert (together.int() - apart.int()).abs().max() <= 1
-    assert torch.equal(together, generator.sample(labels, indices, seed=0))
-    other = generator.sample(labels, indices, seed=1)
-    assert (together.int() - other.int()).abs().float().mean() > 5
-    assert not torch.equal(together[0], together[1]) and not torch.equal(together[0], together[3])
-    assert generator.image_size == together.shape[-1] == 16
-
-
-def test_saved_generator_is_the_same_generator(generator: Generator, tmp_path: Path) -> None:
-    save_generator(generator, tmp_path / "generator", "card")
-    loaded = load_generator(tmp_path / "generator", CPU, "no")
-    assert loaded.fingerprint() == generator.fingerprint()
-    assert loaded.class_names == generator.class_names and loaded.sampling == generator.sampling
-    labels = torch.tensor([0, 1, 2])
-    assert torch.equal(loaded.sample(labels, labels, 5), generator.sample(labels, labels, 5))
-
-
-def test_a_generator_of_pixels_loads_without_ddgen(generator: Generator, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    unet = build_unet(CONFIG, latent_channels=3, latent_size=16, num_classes=3).eval()
-    autoencoder = identity(CPU, "no").with_statistics(torch.zeros(3), torch.ones(3))
-    generator = replace(generator, unet=unet, autoencoder=autoencoder)
-    save_generator(generator, tmp_path / "generator", "card")
-    images = images_without_ddgen(tmp_path / "generator", tmp_path)
-    noise = torch.stack([torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(i)) for i in range(3)])
-    latents = ddim(lambda x, _: torch.zeros_like(x), noise, Schedule.of(generator.scheduler), 6)  # the UNet gives zeros
-    assert torch.allclose(images, (latents.clamp(-1, 1) + 1) / 2, atol=1e-5)
-
-
-def test_a_saved_flow_samples_with_diffusers_scheduler_alone(generator: Generator, tmp_path: Path) -> None:
-    """UNet and scheduler of the folder, used as diffusers' own examples do."""
-    generator = replace(generator, scheduler=scheduler_of("flow_prediction", flow_shift=2.0))
-    save_generator(generator, tmp_path / "generator", "card")
-    loaded = load_generator(tmp_path / "generator", CPU, "no")
-    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path / "generator" / "scheduler")
-    scheduler.set_timesteps(sigmas=[(5 - i) / 5 for i in range(5)])
-    noise, labels = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 2])
-    x = noise
-    for t in scheduler.timesteps:
-        x = scheduler.step(loaded.unet(x, t, labels).sample, t, x).prev_sample
-    schedule = Schedule.of(loaded.scheduler)
-    assert torch.allclose(ddim(guide(loaded.unet, labels, 3, 1.0, (0, 1), schedule), noise, schedule, 5), x, atol=1e-4)
-
-
-def images_without_ddgen(folder: Path, tmp_path: Path) -> Tensor:
-    """Images of classes 0, 1, 2 with seeds 0, 1, 2, in [0, 1], by a process that does not have ddgen."""
-    script = f"""
-import sys, torch
-from diffusers import DiffusionPipeline
-folder = {str(folder)!r}
-pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
-assert "ddgen" not in sys.modules
-generators = [torch.Generator().manual_seed(i) for i in range(3)]
-images = pipe(class_labels=["ant", 1, "cat"], generator=generators).images
-assert images[0].size == (16, 16)
-pixels = pipe(class_labels=[0, 1, 2], generator=[torch.Generator().manual_seed(i) for i in range(3)], output_type="pt")
-torch.save(pixels.images, {str(tmp_path / "images.pt")!r})
-"""
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
-        "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "HF_MODULES_CACHE": str(tmp_path / "modules"),
-    }  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    images: Tensor = torch.load(tmp_path / "images.pt")
-    return images
-
-
-@pytest.mark.parametrize("kind", ["v_prediction", "flow_prediction"])
-def test_generator_loads_and_samples_without_ddgen(generator: Generator, tmp_path: Path, kind: str) -> None:
-    generator = replace(generator, scheduler=scheduler_of(kind))
-    save_generator(generator, tmp_path / "generator", "card")
-    images = images_without_ddgen(tmp_path / "generator", tmp_path)
-    noise = torch.stack([torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(i)) for i in range(3)])
-    labels = torch.tensor([0, 1, 2])
-    denoise = guide(
-        generator.unet, labels, 3, 2.0, generator.sampling.guidance_interval, Schedule.of(generator.scheduler)
-    )
-    latents = solve(denoise, noise, generator.scheduler, 6, "ddim")
-    expected = (generator.autoencoder.decode(latents) + 1) / 2
-    assert torch.allclose(images, expected, atol=1e-4)
-
-
-def test_unfinished_generator_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"model_index\.json is missing.*train_ldm"):
-        load_generator(tmp_path, CPU, "no")
 
 
 def test_gradient_checkpointing_gives_the_same_gradients_in_less_memory() -> None:

@@ -243,7 +243,7 @@ def ipndm_step(past: Past, after: Level) -> Tensor:
     2023, "Fast Sampling of Diffusion Models with Exponential Integrator" (iPNDM): lower orders, no Runge-Kutta. The
     extrapolated noise takes DDIM's step, x' = alpha' (x - sigma noise) / alpha + sigma' noise, as published. Written as
     DDIM's own step plus what is extrapolated it stays finite where alpha is 0. To extrapolate x0 as well, over alpha,
-    has 1.05 to 1.6 times its error from 10 steps on, on Gaussian data.
+    has a larger error: by 2 to 60 % on Gaussian data, 1 to 22 % on the generators of two of our runs in 5 to 20 steps.
     """
     ahead = ddim_step(past, after)
     now = past[0]
