@@ -26,7 +26,7 @@ pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_r
 images = pipe(class_labels=[0, 1, 2]).images  # numbers, or names of classes
 ```
 
-`pipeline.py` in this folder is all the code it needs beside diffusers."""
+`pipeline.py`, `samplers.py` and `guidance.py` in this folder are all the code it needs beside diffusers."""
 
 
 def card_pictures(output_dir: Path) -> list[Path]:
