@@ -305,7 +305,9 @@ def _draw_samplers(results: list[Result]) -> bytes:
     for r in results:
         if r["guidance_scale"] != 1:
             axes.plot(evaluations_of(r), _distance(r)[1], "k*", markersize=10, label="DDIM 50, guided at every step")
-    axes.set(xscale="log", yscale="log", xlabel="evaluations of the denoiser per image", ylabel=_distance(results[0])[0])
+    axes.set(
+        xscale="log", yscale="log", xlabel="evaluations of the denoiser per image", ylabel=_distance(results[0])[0]
+    )
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter("{x:g}")
