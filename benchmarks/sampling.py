@@ -1,7 +1,7 @@
 """How fast candidates are made: sample.py's way against the stock way, on the same weights; ratios of one run.
 
     python benchmarks/sampling.py                            # a generator with random weights: the cost is the same
-    python benchmarks/sampling.py --run_dir runs/cifar10     # a trained one; benchmarks/samplers.py measures its distances
+    python benchmarks/sampling.py --run_dir runs/cifar10     # a trained one; benchmarks/samplers.py has its distances
 
 Contestants take turns (A B C A B C ...), with the same number of threads:
 
