@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -24,7 +23,6 @@ from ddgen.resume import on_main
 from ddgen.timing import Clock
 
 PREVIEW_NAME = "preview.png"
-Result = TypeVar("Result")
 
 
 @dataclass
