@@ -108,7 +108,13 @@ def test_the_three_commands_end_in_a_table(
     monkeypatch.chdir(own_run.parents[1])
     assert sample.main(["--ipc", "2", "--mixed_precision", "no"]) == 0
     out = capsys.readouterr().out
-    assert "run: runs/digits (the newest of 1 finished under runs/)" in out
+    assert re.search(r"^run +runs/digits \(the newest of 1 finished under runs/\)$", out, re.MULTILINE)
+    assert re.search(r"^candidates +24: 2 kept of 8 in each class$", out, re.MULTILINE)
+    assert (
+        "first image after " in out
+        and "rejected 18: " in out
+        and re.search(r"ranking [\d.]+ s \([\d.,]+ images/s\)", out)
+    )
     assert "kept 6 of 24 candidates" in out
     dataset = DistilledDataset.load(own_run / "distilled" / "ipc2")
     assert dataset.class_names == ("0", "1", "2") and dataset.labels.tolist() == [0, 0, 1, 1, 2, 2]
@@ -151,7 +157,7 @@ def test_a_kept_pool_is_not_sampled_again(own_run: Path, tmp_path: Path, monkeyp
     args = ["--run_dir", str(own_run), "--mixed_precision", "no", "--keep_pool"]
     assert sample.main([*args, "--ipc", "2", "--output_dir", str(tmp_path / "a")]) == 0
 
-    def never(*_: object) -> None:
+    def never(*_: object, **__: object) -> None:
         raise AssertionError("sampled again")
 
     monkeypatch.setattr("ddgen.diffusion.generator.Generator.sample", never)
@@ -402,6 +408,11 @@ def test_sampling_without_a_run_says_so(
         (["--guidance_interval", "0.9", "0.1"], "--guidance_interval 0.9 0.1"),
         (["--sampler", "euler"], "euler"),
         (["--soft_label_temperature", "0"], "--soft_label_temperature 0"),
+        (
+            ["--budget_seconds", "9", "--candidates_per_image", "2"],
+            "--candidates_per_image 2: --budget_seconds decides",
+        ),
+        (["--ipc", "0"], "--ipc 0: keeps every candidate, so say with --budget_seconds"),
     ],
 )
 def test_impossible_sampling_is_named(

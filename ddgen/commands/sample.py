@@ -18,9 +18,10 @@ from ddgen.data import check_class_order
 from ddgen.diffusion.generator import check_sampling, load_generator
 from ddgen.diffusion.pipeline import Schedule
 from ddgen.distill.pool import CandidateSource
-from ddgen.distill.streaming import CHUNK, confusions
+from ddgen.distill.streaming import confusions
 from ddgen.errors import Stopped, UserError
 from ddgen.hardware import device_name, number_format
+from ddgen.observer.inference import batch_size_of, for_inference
 from ddgen.observer.observer import Observer
 from ddgen.observer.realism import check_observer, realism_losses
 from ddgen.resume import on_main
@@ -66,7 +67,13 @@ def _sample(config: SampleConfig, run_dir: Path, output_dir: Path, accelerator: 
         work = Candidates(
             config=config,
             source=source,
-            score=partial(realism_losses, observer, batch_size=CHUNK, device=device, precision=precision),
+            score=partial(
+                realism_losses,
+                for_inference(observer, device),
+                batch_size=batch_size_of(device),
+                device=device,
+                precision=precision,
+            ),
             score_settings={"observer": observer.fingerprint, "precision": precision, "device": device.type},
             run_dir=run_dir,
             accelerator=accelerator,
