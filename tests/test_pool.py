@@ -425,7 +425,7 @@ def at_every_write(folder: Path) -> dict[str, Any]:
 
     assert in_child(lambda: run(folder / "whole", None)) == 0
     codes, made, same = [], [], []
-    for count in range(1, 200):
+    for count in range(1, 200, 3):
         path = folder / str(count)
         code = in_child(lambda path=path, count=count: run(path, count))  # type: ignore[misc]
         if code == 0:
@@ -452,14 +452,11 @@ def test_killed_at_any_write_it_goes_on_exactly_and_redoes_nothing_that_is_store
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "found.json").read_text())
-    assert len(found["codes"]) >= 25 and set(found["codes"]) == {-signal.SIGKILL}
+    assert len(found["codes"]) >= 12 and set(found["codes"]) == {-signal.SIGKILL}
     assert all(found["same"])
-    # Killed while the finished pool is deleted, all is made again: the dataset is complete by then.
-    deleting = (
-        found["made"].index(next((m for m in found["made"] if m != 18), None)) if set(found["made"]) != {18} else 0
-    )
-    assert set(found["made"][: deleting or None]) == {18}
-    assert len(found["made"]) - (deleting or len(found["made"])) < 20
+    # Nothing is lost but what had not been stored; killed while the finished pool is deleted, all is made again.
+    deleting = found["made"].index(36) if 36 in found["made"] else len(found["made"])
+    assert set(found["made"][:deleting]) == {18} and deleting >= 10
 
 
 # --- a budget of seconds

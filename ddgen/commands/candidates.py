@@ -176,7 +176,7 @@ class Candidates:
             self.pool,
             self.source,
             keys,
-            sizes=BatchSizes(self.config.sample_batch_size, memory_of(device, here)),
+            sizes=BatchSizes(self.config.batch_size_on(device.type), memory_of(device, here)),
             clock=self.clock,
             budget=budget,
             on_batch=on_batch,

@@ -12,11 +12,10 @@ from safetensors.torch import save
 from ddgen.checkpoint import read_json, write_bytes
 from ddgen.commands.candidates import PREVIEW_NAME, Candidates, cuda_wait
 from ddgen.commands.distilled import build_dataset, kept_line, random_generated, rejected_line, time_line
+from ddgen.commands.own_generator import own_generator
 from ddgen.commands.runs import find_run, held_out_accuracy, random_generated_path, read_run_config, start_accelerator
 from ddgen.config import SampleConfig
 from ddgen.data import check_class_order
-from ddgen.diffusion.generator import check_sampling, load_generator
-from ddgen.diffusion.pipeline import Schedule
 from ddgen.distill.pool import CandidateSource
 from ddgen.distill.streaming import confusions
 from ddgen.errors import Stopped, UserError
@@ -97,14 +96,7 @@ def candidate_source(config: SampleConfig, run_dir: Path, accelerator: Accelerat
     Raises:
         UserError: It is not there, or cannot sample as asked.
     """
-    generator = load_generator(run_dir / "generator", accelerator.device, precision).with_sampling(
-        num_inference_steps=config.num_inference_steps,
-        guidance_scale=config.guidance_scale,
-        guidance_interval=config.guidance_interval,
-        sampler=config.sampler,
-    )
-    schedule = Schedule.of(generator.scheduler)
-    check_sampling(generator.sampling, schedule.prediction_type, len(schedule.times))
+    generator = own_generator(config, run_dir / "generator", accelerator.device, precision)
     trained_on = read_json(run_dir / "dataset.json")["class_names"]
     check_class_order(
         trained_on, generator.class_names, expected_name="the training images", found_name="the generator"
@@ -128,7 +120,7 @@ def _first_lines(work: Candidates, observer: Observer, output_dir: Path, precisi
     one = "1 process" if processes == 1 else f"{processes} processes"
     return {
         "device": f"{device_name(device)}, {number_format(device, precision)}, {one}",
-        "generator": f"{len(source.class_names):,} classes, {source.image_size} px",
+        "images": f"{len(source.class_names):,} classes, {source.image_size} px",
         **source.describe(),
         "observer": f"{observer.network}, {observer.accuracy:.1%} on held-out real images",
         "candidates": _how_many(work.config, len(source.class_names)),

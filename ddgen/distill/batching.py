@@ -144,8 +144,8 @@ class BatchSizes:
         self.memory.release()
         if self.fixed is not None and count > 1:
             raise UserError(
-                f"--sample_batch_size {self.fixed}: {count} images do not fit into the device's memory; give a smaller"
-                " one, or leave it out, then one is found"
+                f"--sample_batch_size {self.fixed}: {count} images do not fit into the device's memory;"
+                " give a smaller one"
             )
         if count == 1:
             raise UserError("out of memory with a single image; free some, or --mixed_precision bf16 takes less")

@@ -23,7 +23,7 @@ def for_inference(observer: Observer, device: torch.device) -> Observer:
         if isinstance(module, nn.Sequential):  # only there does the order of modules say what follows what
             _fuse(module)
     layout = torch.channels_last if uses_channels_last(fused, device) else torch.contiguous_format
-    return fused.to(device, memory_format=layout)
+    return fused.to(device).to(memory_format=layout)
 
 
 def batch_size_of(device: torch.device) -> int:
