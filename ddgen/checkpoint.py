@@ -11,6 +11,7 @@ import platform
 import re
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -173,9 +174,15 @@ def _checkpoints(checkpoints_dir: Path) -> list[Path]:
 
 
 def _sync_tree(root: Path) -> None:
+    """Syncs a folder; many files at a time, since a disk syncs them together in little more than the time of one."""
     for folder, _, files in os.walk(root):
-        for name in files:
-            _sync_path(Path(folder) / name)
+        paths = [Path(folder) / name for name in files]
+        if len(paths) > 1:
+            with ThreadPoolExecutor(16) as threads:
+                list(threads.map(_sync_path, paths))
+        else:
+            for path in paths:
+                _sync_path(path)
         _sync_path(Path(folder))
 
 

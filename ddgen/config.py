@@ -280,9 +280,12 @@ class SampleConfig:
     run_dir: str | None = None
     """A finished training run. Default: the newest under runs/."""
     ipc: int = 10
-    """Images per class to keep."""
-    candidates_per_image: int = 4
-    """Candidates generated for every image kept."""
+    """Images per class to keep; 0 keeps all that --budget_seconds allow."""
+    candidates_per_image: int | None = None
+    """Candidates generated for every image kept. Default: 4; with --budget_seconds, as many as they allow."""
+    budget_seconds: float | None = None
+    """Generate candidates for so many seconds, loading not counted, one of each class in turn; a stopped command goes
+    on with the seconds that are left. Every process has all of them."""
     num_inference_steps: int | None = None
     """Sampler steps. Default: the run's."""
     guidance_scale: float | None = None
@@ -298,8 +301,9 @@ class SampleConfig:
     class: folder of a generator, of a run, or of an earlier checkpoint, checkpoints/step-* ."""
     torch_compile: bool | None = None
     """Compile the denoiser for sampling, which costs a minute or more at the start. Default: on a GPU."""
-    sample_batch_size: int = 128
-    """Images sampled together; does not change them."""
+    sample_batch_size: int | None = None
+    """Images sampled together; changes them by no more than rounding. Default: found while sampling,
+    within memory; 256 where the denoiser is compiled, which is for one size."""
     observer: str | None = None
     """Observer folder or hub id. Default: the run's."""
     soft_label_temperature: float = 1.0
@@ -309,7 +313,7 @@ class SampleConfig:
     overwrite: bool = False
     """Replace an existing distilled dataset."""
     keep_pool: bool = False
-    """Keep all candidates, in <run_dir>/pool."""
+    """Keep all candidates, in <run_dir>/pool, where other requests with the same generator and seed find them."""
     seed: int = 0
     """Seed of the candidates."""
     mixed_precision: Precision | None = None
@@ -321,6 +325,17 @@ class SampleConfig:
     def compiles_on(self, device_type: str) -> bool:
         """Whether sampling compiles the denoiser on this type of device."""
         return device_type == "cuda" if self.torch_compile is None else self.torch_compile
+
+    def batch_size_on(self, device_type: str) -> int | None:
+        """Returns how many images are sampled together on this type of device; None if that is to be found."""
+        return self.sample_batch_size or (256 if self.compiles_on(device_type) else None)
+
+    @property
+    def num_candidates(self) -> int | None:
+        """Candidates per class; None if time decides."""
+        if self.budget_seconds is not None:
+            return None
+        return self.ipc * (4 if self.candidates_per_image is None else self.candidates_per_image)
 
 
 @dataclass(frozen=True)
@@ -365,16 +380,17 @@ RANGES: dict[str, tuple[float, float]] = {
         "num_classes", "vae_downsample", "vae_latent_channels", "vae_patch", "vae_channels", "vae_batch_size",
         "unet_channels", "unet_layers_per_block", "train_batch_size", "max_train_steps", "gradient_accumulation_steps",
         "fid_num_inference_steps", "log_every", "num_inference_steps", "observer_epochs", "observer_batch_size",
-        "observer_input_size", "checkpointing_steps", "checkpoints_total_limit", "ipc", "candidates_per_image",
+        "observer_input_size", "checkpointing_steps", "checkpoints_total_limit", "candidates_per_image",
         "sample_batch_size", "repeats", "epochs",
     )},
     **{name: (0, math.inf) for name in (
         "vae_train_steps", "vae_kl_weight", "vae_perceptual_weight", "vae_equivariance_weight",
         "unet_attention_levels", "lr_warmup_steps", "adam_weight_decay", "fid_every", "sample_every", "guidance_scale",
+        "ipc",
     )},
     **{name: (1e-12, math.inf) for name in (
         "vae_learning_rate", "learning_rate", "max_grad_norm", "observer_learning_rate", "logit_std", "snr_gamma",
-        "flow_shift", "soft_label_temperature",
+        "flow_shift", "soft_label_temperature", "budget_seconds",
     )},
     **{name: (0, 1) for name in ("unet_dropout", "class_dropout", "lr_decay_fraction", "guidance_interval", "eta")},
     "observer_holdout": (0.001, 0.9),

@@ -330,7 +330,7 @@ def full_disk_explained(folder: Path, needed: int) -> Iterator[None]:
         free = shutil.disk_usage(folder).free
         raise UserError(
             f"{folder}: the disk is full: {format_bytes(needed)} are needed here, {format_bytes(free)} are free; make"
-            " room, then the same command goes on from the last checkpoint"
+            " room, then the same command goes on from what is saved"
         ) from None
 
 

@@ -108,7 +108,13 @@ def test_the_three_commands_end_in_a_table(
     monkeypatch.chdir(own_run.parents[1])
     assert sample.main(["--ipc", "2", "--mixed_precision", "no"]) == 0
     out = capsys.readouterr().out
-    assert "run: runs/digits (the newest of 1 finished under runs/)" in out
+    assert re.search(r"^run +runs/digits \(the newest of 1 finished under runs/\)$", out, re.MULTILINE)
+    assert re.search(r"^candidates +24: 2 of 8 kept in each class$", out, re.MULTILINE)
+    assert (
+        "first image after " in out
+        and "rejected 18: " in out
+        and re.search(r"ranking [\d.]+ s \([\d.,]+ images/s\)", out)
+    )
     assert "kept 6 of 24 candidates" in out
     dataset = DistilledDataset.load(own_run / "distilled" / "ipc2")
     assert dataset.class_names == ("0", "1", "2") and dataset.labels.tolist() == [0, 0, 1, 1, 2, 2]
@@ -151,7 +157,7 @@ def test_a_kept_pool_is_not_sampled_again(own_run: Path, tmp_path: Path, monkeyp
     args = ["--run_dir", str(own_run), "--mixed_precision", "no", "--keep_pool"]
     assert sample.main([*args, "--ipc", "2", "--output_dir", str(tmp_path / "a")]) == 0
 
-    def never(*_: object) -> None:
+    def never(*_: object, **__: object) -> None:
         raise AssertionError("sampled again")
 
     monkeypatch.setattr("ddgen.diffusion.generator.Generator.sample", never)
@@ -160,6 +166,17 @@ def test_a_kept_pool_is_not_sampled_again(own_run: Path, tmp_path: Path, monkeyp
     assert len(small) == 3 and len(large) == 6
     assert all((large.pixels == image).flatten(1).all(1).any() for image in small.pixels)
     assert list((own_run / "pool").iterdir())  # it was kept on purpose, so it stays
+
+
+def test_a_budget_without_ipc_gives_all_that_time_allows(own_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["--run_dir", str(own_run), "--mixed_precision", "no", "--ipc", "0", "--budget_seconds", "1"]
+    assert sample.main(args) == 0
+    dataset = DistilledDataset.load(own_run / "distilled" / "ipc0")
+    counts = dataset.labels.bincount()
+    assert counts.max() - counts.min() <= 1 and counts.min() >= 1
+    assert dataset.indices.tolist() != sorted(dataset.indices.tolist())  # best first
+    assert all(sorted(dataset.indices[dataset.labels == c].tolist()) == list(range(counts[c])) for c in range(3))
+    assert re.search(r"^candidates +as many as 1 s allow, all kept$", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_a_smaller_request_leaves_the_unfinished_larger_one_alone(own_run: Path, tmp_path: Path) -> None:
@@ -402,6 +419,11 @@ def test_sampling_without_a_run_says_so(
         (["--guidance_interval", "0.9", "0.1"], "--guidance_interval 0.9 0.1"),
         (["--sampler", "euler"], "euler"),
         (["--soft_label_temperature", "0"], "--soft_label_temperature 0"),
+        (
+            ["--budget_seconds", "9", "--candidates_per_image", "2"],
+            "--candidates_per_image 2: --budget_seconds decides",
+        ),
+        (["--ipc", "0"], "--ipc 0: keeps every candidate, so say with --budget_seconds"),
     ],
 )
 def test_impossible_sampling_is_named(

@@ -14,50 +14,17 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from safetensors.torch import load_file
 
 from ddgen.distill.card import human_bytes
 from ddgen.distill.dataset import DistilledDataset, encode_png, folder_names, read_manifest, update_results
-from ddgen.distill.pool import CandidatePool
 from ddgen.distill.preview import MAX_COLUMNS, MAX_ROWS, draw_preview, percent
 from ddgen.distill.relabel import soft_labels
 from ddgen.distill.select import select_most_realistic, select_random
 from ddgen.errors import UserError
-from ddgen.seeds import derive, torch_generator
+from ddgen.seeds import derive
 
 SIZE = 8
 NAMES = ("bullet_train", "cat", "dog")
-SETTINGS = {"generator": "abc", "guidance_scale": 1.5, "guidance_interval": (0.3, 0.85)}
-
-
-def candidate(label: int, index: int) -> torch.Tensor:
-    return torch.randint(0, 256, (3, SIZE, SIZE), dtype=torch.uint8, generator=torch_generator(0, label, index))
-
-
-class Sampler:
-    """Counts what it is asked for; optionally fails after some batches."""
-
-    def __init__(self, fail_after: int | None = None) -> None:
-        self.asked: list[list[tuple[int, int]]] = []
-        self.fail_after = fail_after
-
-    def __call__(self, labels: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        if self.fail_after is not None and len(self.asked) == self.fail_after:
-            raise KeyboardInterrupt
-        self.asked.append(list(zip(labels.tolist(), indices.tolist(), strict=True)))
-        return torch.stack([candidate(label, index) for label, index in self.asked[-1]])
-
-
-def open_pool(path: Path, **changes: object) -> CandidatePool:
-    arguments = {"class_names": NAMES, "image_size": SIZE, "seed": 0, "settings": SETTINGS} | changes
-    return CandidatePool.open(path, **arguments)  # type: ignore[arg-type]
-
-
-def expect_all(pool: CandidatePool, count: int) -> None:
-    for label in range(len(NAMES)):
-        pixels, indices = pool.read(label, count)
-        torch.testing.assert_close(pixels, torch.stack([candidate(label, i) for i in range(count)]), rtol=0, atol=0)
-        assert indices.tolist() == list(range(count))
 
 
 def make_distilled(class_names: tuple[str, ...] = NAMES, ipc: int = 2, **changes: object) -> DistilledDataset:
@@ -130,93 +97,6 @@ def test_soft_labels_refuse_bad_temperatures_and_logits() -> None:
             soft_labels(torch.zeros(1, 2), temperature)
     with pytest.raises(ValueError, match="not finite"):
         soft_labels(torch.tensor([[0.0, float("inf")]]), 1.0)
-
-
-# --- the candidate pool
-
-
-@pytest.mark.parametrize("batch_size", [1, 4, 5, 100])
-def test_a_filled_pool_gives_back_each_candidate(tmp_path: Path, batch_size: int) -> None:
-    pool = open_pool(tmp_path / "pool")
-    sampler = Sampler()
-    assert pool.fill(sampler, 5, batch_size=batch_size, progress=False) == 15
-    assert [len(batch) for batch in sampler.asked[:-1]] == [batch_size] * (len(sampler.asked) - 1)
-    expect_all(pool, 5)
-    expect_all(pool, 3)
-
-
-def test_an_interrupted_pool_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        open_pool(tmp_path).fill(Sampler(fail_after=2), 5, batch_size=4, progress=False)
-
-    again = Sampler()
-    pool = open_pool(tmp_path)
-    assert pool.missing(1, 5) == [3, 4]
-    assert pool.fill(again, 5, batch_size=4, progress=False) == 15 - 8
-    assert again.asked[0] == [(1, 3), (1, 4), (2, 0), (2, 1)]
-    expect_all(pool, 5)
-    assert pool.fill(Sampler(fail_after=0), 5, batch_size=4, progress=False) == 0
-
-
-def test_a_larger_pool_keeps_what_the_smaller_one_had(tmp_path: Path) -> None:
-    pool, more = open_pool(tmp_path), Sampler()
-    pool.fill(Sampler(), 2, batch_size=4, progress=False)
-    pool.fill(more, 6, batch_size=5, progress=False)
-    assert sorted(pair for batch in more.asked for pair in batch) == [(c, i) for c in range(3) for i in range(2, 6)]
-    expect_all(pool, 6)
-
-
-def test_processes_share_the_classes(tmp_path: Path) -> None:
-    samplers = [Sampler(), Sampler()]
-    for process, sampler in enumerate(samplers):
-        pool = open_pool(tmp_path)
-        pool.fill(sampler, 3, batch_size=4, process_index=process, num_processes=2, progress=False)
-    assert [{c for batch in s.asked for c, _ in batch} for s in samplers] == [{0, 2}, {1}]
-    expect_all(open_pool(tmp_path), 3)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"seed": 1}, "made with seed 0, now 1"),
-        ({"image_size": 16}, "made with image_size 8, now 16"),
-        ({"class_names": ("cat", "bullet_train", "dog")}, "made with class_names"),
-        ({"settings": SETTINGS | {"guidance_scale": 3.0}}, "made with guidance_scale 1.5, now 3.0"),
-        ({"settings": SETTINGS | {"sampler": "unipc"}}, 'made with sampler null, now "unipc"'),
-    ],
-)
-def test_a_pool_is_not_mixed_with_another(tmp_path: Path, changes: dict[str, object], message: str) -> None:
-    open_pool(tmp_path)
-    with pytest.raises(UserError, match=re.escape(message)) as caught:
-        open_pool(tmp_path, **changes)
-    assert "delete that folder" in str(caught.value)
-
-
-def test_an_unfinished_or_damaged_class_is_not_read(tmp_path: Path) -> None:
-    pool = open_pool(tmp_path)
-    pool.fill(Sampler(), 3, batch_size=3, progress=False)
-    with pytest.raises(UserError, match="class 'cat' has 3 of 4 candidates"):
-        pool.read(1, 4)
-    shard = next((tmp_path / "class-00002").iterdir())
-    shard.write_bytes(shard.read_bytes()[:100])
-    with pytest.raises(UserError, match="is unreadable"):
-        pool.read(2, 3)
-    shard.write_bytes((tmp_path / "class-00001" / shard.name).read_bytes())
-    with pytest.raises(UserError, match="delete it and sample again"):
-        pool.read(2, 3)
-
-
-def test_shards_say_which_images_they_hold(tmp_path: Path) -> None:
-    pool = open_pool(tmp_path)
-    pool.fill(Sampler(), 3, batch_size=2, progress=False)
-    found = {path.name: load_file(path)["index"].tolist() for path in (tmp_path / "class-00001").iterdir()}
-    assert found == {"00000000-00000000.safetensors": [0], "00000001-00000002.safetensors": [1, 2]}
-
-
-def test_a_sampler_of_the_wrong_shape_is_caught(tmp_path: Path) -> None:
-    pool = open_pool(tmp_path)
-    with pytest.raises(ValueError, match="from the sampler"):
-        pool.fill(lambda labels, indices: torch.zeros(len(labels), 3, 4, 4, dtype=torch.uint8), 1, batch_size=2)
 
 
 # --- the folder

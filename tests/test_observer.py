@@ -15,6 +15,7 @@ from PIL import Image
 from ddgen.config import ObserverConfig
 from ddgen.data import ImageDataset
 from ddgen.errors import UserError
+from ddgen.observer.inference import for_inference
 from ddgen.observer.networks import build_network, uses_channels_last
 from ddgen.observer.observer import Observer, predict_pixels
 from ddgen.observer.realism import check_observer, measure_accuracy, realism_losses
@@ -445,3 +446,22 @@ def test_transformers_spelling_of_the_range_does_not_matter(tmp_path: Path) -> N
     observer = Observer.load(tmp_path / "vit")
     assert observer.mean == pytest.approx((0.5,) * 3, abs=1e-5)
     assert observer.std == pytest.approx((0.5,) * 3, abs=1e-5)
+
+
+@pytest.mark.parametrize("network", ["convnet2", "resnet18"])
+def test_folding_batch_norms_changes_rounding_only(network: str) -> None:
+    observer = untrained(network, size=16)
+    for module in observer.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_()  # type: ignore[union-attr]
+            module.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
+    before, pixels = observer.fingerprint, colours(size=16).pixels[:20]
+    fused = for_inference(observer, CPU)
+    ours, theirs = (
+        predict_pixels(o, pixels, what="logits", batch_size=b, device=CPU, precision="no")
+        for o, b in ((fused, 8), (observer, 20))
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert observer.fingerprint == before and theirs.std() > 0.01
+    if network == "convnet2":
+        assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in fused.modules())

@@ -39,6 +39,7 @@ def own_generator(config: SampleConfig, path: Path, device: torch.device, precis
                 f"--guide_checkpoint {config.guide_checkpoint}: does nothing at --guidance_scale 1; give another scale"
             )
         generator = replace(generator, guide=load_guide(Path(config.guide_checkpoint), generator))
-    if config.compiles_on(device.type):
-        generator = generator.compiled(config.sample_batch_size)
+    batch_size = config.batch_size_on(device.type)
+    if batch_size is not None and config.compiles_on(device.type):
+        generator = generator.compiled(batch_size)
     return generator

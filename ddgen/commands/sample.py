@@ -2,222 +2,168 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+from accelerate import Accelerator
 from safetensors.torch import save
-from torch import Tensor
 
-from ddgen.checkpoint import read_json, remove_dir, write_bytes
+from ddgen.checkpoint import read_json, write_bytes
+from ddgen.commands.candidates import PREVIEW_NAME, Candidates, cuda_wait
+from ddgen.commands.distilled import build_dataset, kept_line, random_generated, rejected_line, time_line
 from ddgen.commands.own_generator import own_generator
-from ddgen.commands.runs import (
-    command_line,
-    find_run,
-    held_out_accuracy,
-    random_generated_path,
-    read_run_config,
-    start_accelerator,
-)
-from ddgen.config import (
-    SampleConfig,
-    TrainConfig,
-)
+from ddgen.commands.runs import find_run, held_out_accuracy, random_generated_path, read_run_config, start_accelerator
+from ddgen.config import SampleConfig
 from ddgen.data import check_class_order
-from ddgen.diffusion.generator import Generator
-from ddgen.distill.dataset import DistilledDataset
-from ddgen.distill.pool import CandidatePool
-from ddgen.distill.relabel import soft_labels
-from ddgen.distill.select import select_most_realistic, select_random
-from ddgen.errors import UserError
+from ddgen.distill.pool import CandidateSource
+from ddgen.distill.streaming import confusions
+from ddgen.errors import Stopped, UserError
+from ddgen.hardware import device_name, number_format
+from ddgen.observer.inference import batch_size_of, for_inference
 from ddgen.observer.observer import Observer
-from ddgen.observer.realism import RealismScores, check_observer, realism_losses
-
-RANKING_BATCH_SIZE = 256
+from ddgen.observer.realism import check_observer, realism_losses
+from ddgen.resume import on_main
+from ddgen.stopping import stop_at_once
+from ddgen.timing import Clock
 
 
 def sample(config: SampleConfig) -> int:
     """Candidates, ranking, relabelling: writes a distilled dataset."""
+    _check_settings(config)
     run_dir, chosen = find_run(config.run_dir)
     output_dir = Path(config.output_dir or run_dir / "distilled" / f"ipc{config.ipc}")
     if output_dir.exists() and not config.overwrite:
         raise UserError(f"--output_dir {output_dir}: exists already; give another, or --overwrite to replace it")
-    accelerator, precision = start_accelerator(config.mixed_precision)
-    if accelerator.num_processes > 1:
-        accelerator.print(f"{accelerator.num_processes} processes")
-    say = accelerator.print
-    say(f"run: {run_dir} ({chosen})")
-    clock = _Clock(say)
-    run_config = read_run_config(run_dir)
-    generator = own_generator(config, run_dir / "generator", accelerator.device, precision)
-    observer = Observer.load(config.observer or run_dir / "observer", generator.class_names)
-    if observer.accuracy is None:
-        observer.accuracy = held_out_accuracy(observer, run_config.data, accelerator, precision)
-    check_observer(observer, generator.class_names)
-    count = config.ipc * config.candidates_per_image
-    total = count * len(generator.class_names)
-    if config.dry_run:
-        say(f"dry run: {total:,} candidates, {config.ipc} of {count} kept in each class -> {output_dir}")
-        return 0
-
-    settings = generator.settings()
-    pool_dir = run_dir / "pool" / f"seed{config.seed}-{_short_hash(settings)}"
-    with accelerator.main_process_first():
-        pool = CandidatePool.open(
-            pool_dir,
-            class_names=generator.class_names,
-            image_size=generator.image_size,
-            seed=config.seed,
-            settings=settings,
-        )
-    if config.keep_pool and accelerator.is_main_process:
-        (pool_dir / "keep").touch()
-    with clock("sampling"):
-        pool.fill(
-            lambda labels, indices: generator.sample(labels, indices, config.seed),
-            count,
-            batch_size=config.sample_batch_size,
-            process_index=accelerator.process_index,
-            num_processes=accelerator.num_processes,
-            progress=accelerator.is_main_process,
-        )
-        accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        _distill(config, run_dir, run_config, generator, observer, pool, count, output_dir, precision, clock)
-        # One that was kept on purpose stays, and so does what a larger, unfinished, request left.
-        if not (pool_dir / "keep").exists() and pool.num_stored() == total:
-            remove_dir(pool_dir)
-    accelerator.wait_for_everyone()
+    with stop_at_once():
+        accelerator, precision = start_accelerator(config.mixed_precision)
+        try:
+            accelerator.print(f"{'run':<12}{run_dir} ({chosen})")
+            _sample(config, run_dir, output_dir, accelerator, precision)
+        except Stopped as stopped:
+            accelerator.print(str(stopped))
+            accelerator.end_training()
+            return 128 + stopped.signal_number
     return 0
 
 
-def _distill(
-    config: SampleConfig,
-    run_dir: Path,
-    run_config: TrainConfig,
-    generator: Generator,
-    observer: Observer,
-    pool: CandidatePool,
-    count: int,
-    output_dir: Path,
-    precision: str,
-    clock: _Clock,
-) -> None:
-    """Ranks the pool class by class, keeps the best, relabels them and writes everything."""
-    scores = partial(
-        realism_losses, observer, batch_size=RANKING_BATCH_SIZE, device=generator.unet.device, precision=precision
-    )
-    parts: list[tuple[Tensor, Tensor, RealismScores, Tensor]] = []
-    random: list[Tensor] = []
-    pool_loss = pool_correct = 0.0
-    with clock("ranking"):
-        for label in range(len(pool.class_names)):
-            pixels, indices = pool.read(label, count)
-            score = scores(pixels=pixels, labels=torch.full((count,), label))
-            keep = select_most_realistic(score.loss, config.ipc, indices)
-            parts.append((pixels[keep], indices[keep], _rows(score, keep), torch.full((config.ipc,), label)))
-            random.append(pixels[select_random(count, config.ipc, config.seed, label)])
-            pool_loss += score.loss.double().mean().item() / len(pool.class_names)
-            pool_correct += (score.predicted == label).double().mean().item() / len(pool.class_names)
-    labels = torch.cat([part[3] for part in parts])
-    loss = torch.cat([part[2].loss for part in parts])
-    predicted = torch.cat([part[2].predicted for part in parts])
-    selection = {
-        "candidates": count * len(pool.class_names),
-        "mean_realism_loss_pool": pool_loss,
-        "mean_realism_loss_kept": loss.double().mean().item(),
-        "class_named_pool": pool_correct,
-        "class_named_kept": (predicted == labels).double().mean().item(),
-    }
-    dataset = DistilledDataset(
-        pixels=torch.cat([part[0] for part in parts]),
-        labels=labels,
-        soft_labels=soft_labels(torch.cat([part[2].logits for part in parts]), config.soft_label_temperature),
-        realism=loss,
-        seeds=torch.full((len(labels),), config.seed),
-        indices=torch.cat([part[1] for part in parts]),
-        class_names=generator.class_names,
-        provenance=_provenance(config, run_dir, run_config, generator, observer, precision, selection),
-    )
-    with clock("writing"):
-        dataset.save(output_dir, overwrite=config.overwrite)
-        baseline = {"pixels": torch.cat(random), "labels": labels.contiguous()}
-        write_bytes(random_generated_path(run_dir, output_dir), save(baseline))
-    clock.say(
-        f"kept {len(labels):,} of {selection['candidates']:,} candidates: mean realism loss"
-        f" {selection['mean_realism_loss_kept']:.3f} (pool {pool_loss:.3f}); the observer names the class of"
-        f" {selection['class_named_kept']:.1%} (pool {pool_correct:.1%})"
-    )
-    clock.say(f"time: {clock.summary()}")
-    clock.say(f"distilled dataset: {output_dir}")
-    clock.say(f"preview:           {output_dir / 'preview.png'}")
-    clock.say("next:              python evaluate.py")
+def _check_settings(config: SampleConfig) -> None:
+    if config.budget_seconds is not None and config.candidates_per_image is not None:
+        raise UserError(
+            f"--candidates_per_image {config.candidates_per_image}: --budget_seconds decides how many there are; give"
+            " one of the two"
+        )
+    if config.ipc == 0 and config.budget_seconds is None:
+        raise UserError("--ipc 0: keeps every candidate, so say with --budget_seconds how many there are to be")
 
 
-def _rows(score: RealismScores, keep: Tensor) -> RealismScores:
-    return RealismScores(score.loss[keep], score.predicted[keep], score.logits[keep])
+def _sample(config: SampleConfig, run_dir: Path, output_dir: Path, accelerator: Accelerator, precision: str) -> None:
+    say, device = accelerator.print, accelerator.device
+    clock = Clock(cuda_wait(device))
+    with clock("loading"):
+        source = candidate_source(config, run_dir, accelerator, precision)
+        observer = _observer(config, run_dir, source, accelerator, precision)
+        work = Candidates(
+            config=config,
+            source=source,
+            score=partial(
+                realism_losses,
+                for_inference(observer, device),
+                batch_size=batch_size_of(device),
+                device=device,
+                precision=precision,
+            ),
+            score_settings={"observer": observer.fingerprint, "precision": precision, "device": device.type},
+            run_dir=run_dir,
+            accelerator=accelerator,
+            clock=clock,
+        )
+    for name, text in _first_lines(work, observer, output_dir, precision).items():
+        say(f"{name:<12}{text}")
+    if config.dry_run:
+        say("dry run: the settings are fine; nothing was written")
+        return
+    work.open()
+    say(_already_there(work))
+    counts = work.run()
+    on_main(accelerator, lambda: _finish(work, counts, observer, output_dir, precision))
+    accelerator.wait_for_everyone()
 
 
-def _provenance(
-    config: SampleConfig,
-    run_dir: Path,
-    run_config: TrainConfig,
-    generator: Generator,
-    observer: Observer,
-    precision: str,
-    selection: dict[str, float],
-) -> dict[str, Any]:
-    real = read_json(run_dir / "dataset.json")
+def candidate_source(config: SampleConfig, run_dir: Path, accelerator: Accelerator, precision: str) -> CandidateSource:
+    """Loads what makes the candidates.
+
+    Raises:
+        UserError: It is not there, or cannot sample as asked.
+    """
+    generator = own_generator(config, run_dir / "generator", accelerator.device, precision)
+    trained_on = read_json(run_dir / "dataset.json")["class_names"]
     check_class_order(
-        real["class_names"], generator.class_names, expected_name="the training images", found_name="the generator"
+        trained_on, generator.class_names, expected_name="the training images", found_name="the generator"
     )
-    optim = run_config.optimizer
+    return generator
+
+
+def _observer(
+    config: SampleConfig, run_dir: Path, source: CandidateSource, accelerator: Accelerator, precision: str
+) -> Observer:
+    observer = Observer.load(config.observer or run_dir / "observer", source.class_names)
+    if observer.accuracy is None:
+        observer.accuracy = held_out_accuracy(observer, read_run_config(run_dir).data, accelerator, precision)
+    check_observer(observer, source.class_names)
+    return observer.to(accelerator.device)
+
+
+def _first_lines(work: Candidates, observer: Observer, output_dir: Path, precision: str) -> dict[str, str]:
+    """Returns what is about to happen, one fact a line."""
+    source, device, processes = work.source, work.accelerator.device, work.accelerator.num_processes
+    one = "1 process" if processes == 1 else f"{processes} processes"
     return {
-        "dataset": real["name"],
-        "dataset_fingerprint": real["fingerprint"],
-        "licence": real["licence"],
-        "num_source_images": real["num_images"],
-        "skipped_source_images": real["skipped"],
-        "command": command_line(),
-        "seed": config.seed,
-        "generator_fingerprint": generator.fingerprint(),
-        "observer_fingerprint": observer.fingerprint,
-        "selection": selection,
-        "recipe": {
-            "images per class": config.ipc,
-            "candidates per image kept": config.candidates_per_image,
-            "selection": "lowest realism loss of the observer (RDED)",
-            **generator.describe(),
-            "generator training": f"{optim.max_train_steps} steps of {optim.train_batch_size}",
-            "observer": f"{observer.network}, {observer.accuracy:.1%} on held-out real images",
-            "soft label temperature": config.soft_label_temperature,
-            "seed": config.seed,
-        },
+        "device": f"{device_name(device)}, {number_format(device, precision)}, {one}",
+        "images": f"{len(source.class_names):,} classes, {source.image_size} px",
+        **source.describe(),
+        "observer": f"{observer.network}, {observer.accuracy:.1%} on held-out real images",
+        "candidates": _how_many(work.config, len(source.class_names)),
+        "latest ones": f"{work.pool_dir / PREVIEW_NAME}, while they are made",
+        "output": str(output_dir),
     }
 
 
-def _short_hash(settings: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
+def _how_many(config: SampleConfig, num_classes: int) -> str:
+    count = config.num_candidates
+    if count is None:
+        kept = f"{config.ipc:,} kept of each class" if config.ipc else "all kept"
+        return f"as many as {config.budget_seconds:,.0f} s allow, {kept}"
+    return f"{count * num_classes:,}: {config.ipc:,} of {count:,} kept in each class"
 
 
-class _Clock:
-    """Measures stages and says at the end how long each took."""
+def _already_there(work: Candidates) -> str:
+    stored = work.pool.num_stored()
+    text = f"{'pool':<12}{work.pool_dir}"
+    return text + (f", {stored:,} candidates are there already" if stored else "")
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.say = say
-        self.seconds: dict[str, float] = {}
 
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[stage] = time.perf_counter() - start
-
-    def summary(self) -> str:
-        return ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in self.seconds.items())
+def _finish(work: Candidates, counts: list[int], observer: Observer, output_dir: Path, precision: str) -> None:
+    """Writes the distilled dataset and says what it is."""
+    say, config, names = work.accelerator.print, work.config, work.source.class_names
+    classes = work.gather(counts)
+    facts: dict[str, Any] = {"run_dir": work.run_dir, "observer": observer, "precision": precision}
+    dataset = build_dataset(config, work.source, classes, **facts)
+    with work.clock("writing"):
+        dataset.save(output_dir, overwrite=config.overwrite, progress=True)
+        baseline = random_generated(classes, dataset.labels)
+        write_bytes(random_generated_path(work.run_dir, output_dir), save(baseline))
+    left = work.finish(counts)
+    if min(counts) < config.ipc:
+        say(f"{min(counts):,} candidates of a class are fewer than --ipc {config.ipc}: all are kept")
+    say(kept_line(dataset))
+    say(rejected_line(classes))
+    for label, other, part in confusions(classes):
+        say(f"{part:.0%} of the candidates of {names[label]!r} are {names[other]!r} to the observer: check the classes")
+    made = {"sampling": work.num_made, "decoding": work.num_made, "ranking": work.num_ranked, "writing": len(dataset)}
+    say(time_line(work.clock, made, work.accelerator.num_processes))
+    if left:
+        say(f"candidates:        {left}")
+    say(f"distilled dataset: {output_dir}")
+    say(f"preview:           {output_dir / 'preview.png'}")
+    say("next:              python evaluate.py")

@@ -9,6 +9,7 @@ import json
 import platform
 import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,7 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from safetensors.torch import load, save
+from tqdm import tqdm
 
 from ddgen import __version__
 from ddgen.checkpoint import atomic_dir, read_json, write_bytes, write_json
@@ -92,7 +94,7 @@ class DistilledDataset:
     @cached_property
     def png_images(self) -> tuple[bytes, ...]:
         """The images as they are stored: lossless PNG files."""
-        return tuple(encode_png(image) for image in self.pixels)
+        return self._encode(progress=False)
 
     @property
     def image_bytes(self) -> int:
@@ -104,12 +106,13 @@ class DistilledDataset:
         """Bytes of the soft labels as stored, without the file's header."""
         return self.soft_labels.numel() * self.soft_labels.element_size()
 
-    def save(self, path: Path, *, overwrite: bool = False) -> None:
+    def save(self, path: Path, *, overwrite: bool = False, progress: bool = False) -> None:
         """Writes the folder, whole or not at all.
 
         Args:
             path: The folder to create.
             overwrite: Replace an existing distilled dataset, which stays whole until the new one is.
+            progress: Show a bar while the images are encoded.
 
         Raises:
             UserError: The folder exists, or is something other than a distilled dataset.
@@ -121,6 +124,7 @@ class DistilledDataset:
                 f"--output_dir {path}: not a distilled dataset, so --overwrite leaves it alone; give another"
             )
         folders = folder_names(self.class_names)
+        self.__dict__.setdefault("png_images", self._encode(progress))
         with atomic_dir(path, replace=overwrite) as root:
             names = self._write_images(root, folders)
             self._write_parquet(root / PARQUET_PATH, names)
@@ -151,6 +155,12 @@ class DistilledDataset:
             class_names=tuple(read_json(path / "class_names.json")),
             provenance=manifest["provenance"],
         )
+
+    def _encode(self, progress: bool) -> tuple[bytes, ...]:
+        """Encodes the images on all cores: Pillow works outside Python's lock."""
+        with ThreadPoolExecutor() as threads:
+            found = threads.map(encode_png, self.pixels)
+            return tuple(tqdm(found, total=len(self), unit="image", desc="Writing PNGs", disable=not progress))
 
     def _write_images(self, root: Path, folders: Sequence[str]) -> list[str]:
         """Writes train/<class>/<00000>.png and returns the relative paths in row order."""

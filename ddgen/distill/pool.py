@@ -6,39 +6,85 @@ processes, interrupted, continued and enlarged; a larger pool contains the small
 
 from __future__ import annotations
 
+import hashlib
 import json
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import struct
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
-from tqdm import tqdm
+from torch import Tensor
 
-from ddgen.checkpoint import read_json, write_bytes, write_json
+from ddgen.checkpoint import is_unused, read_json, remove_dir, remove_leftovers, write_bytes, write_json
 from ddgen.errors import UserError
+from ddgen.timing import Timed, untimed
 
-SHARD_NAME = re.compile(r"^(\d{8})-(\d{8})\.safetensors$")
-
-SampleFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""Labels int64 (b,) and indices int64 (b,) in, pixels uint8 (b, 3, h, w) out."""
+KEEP_NAME = "keep"
 
 
-@dataclass(frozen=True)
+class CandidateSource(Protocol):
+    """What emits candidates: our own generator, or a foreign one."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, in label order."""
+        ...
+
+    @property
+    def image_size(self) -> int:
+        """Side of the emitted images in pixels."""
+        ...
+
+    def sample(self, labels: Tensor, indices: Tensor, seed: int, *, timed: Timed = untimed) -> Tensor:
+        """Generates one image for every (class, index), which decide it together with the seed.
+
+        Args:
+            labels: int64 (b,).
+            indices: int64 (b,), which image of the class.
+            seed: Of the pool.
+            timed: Put around the stages "sampling" and "decoding".
+
+        Returns:
+            Pixels, uint8 (b, 3, h, w), on the CPU.
+        """
+        ...
+
+    def settings(self) -> dict[str, Any]:
+        """Returns everything else that an image depends on, as JSON values."""
+        ...
+
+    def describe(self) -> dict[str, str]:
+        """Returns rows for the distilled dataset's card."""
+        ...
+
+
+class _Place(NamedTuple):
+    path: Path
+    row: int
+
+
 class CandidatePool:
     """A folder of candidates; make one with `CandidatePool.open`.
 
-    ``pool.json`` says what the candidates are; ``class-00003/00000010-00000019.safetensors`` holds candidates 10 to 19
-    of class 3: `pixels` uint8 (m, 3, h, w) and `index` int64 (m,).
+    ``pool.json`` says what the candidates are. Each file of ``candidates/`` holds what was sampled together: `pixels`
+    uint8 (b, 3, h, w), `label` and `index` int64 (b,), and a checksum of every image; its name is its first image.
+
+    Attributes:
+        directory: The folder.
+        class_names: In label order.
+        image_size: Side of the images in pixels.
+        seed: Of the candidates.
     """
 
-    directory: Path
-    class_names: tuple[str, ...]
-    image_size: int
-    seed: int
+    def __init__(self, directory: Path, class_names: Sequence[str], image_size: int, seed: int, identity: str) -> None:
+        self.directory, self.class_names = directory, tuple(class_names)
+        self.image_size, self.seed = image_size, seed
+        self._metadata = {"pool": identity}
+        self.refresh()
 
     @classmethod
     def open(
@@ -48,14 +94,13 @@ class CandidatePool:
 
         Args:
             directory: The pool's folder.
-            class_names: Names of the generator's classes, in its order.
+            class_names: Names of the source's classes, in its order.
             image_size: Side of the images in pixels.
             seed: Seed of the candidates.
-            settings: Everything else an image depends on, as JSON values: the generator's fingerprint, the sampler's
-                settings, the precision.
+            settings: Everything else an image depends on; see `CandidateSource.settings`.
 
         Raises:
-            UserError: The folder holds candidates of other classes, seed or settings.
+            UserError: The folder holds candidates of other classes, seed or settings, or damaged ones.
         """
         wanted = {"class_names": list(class_names), "image_size": image_size, "seed": seed, **settings}
         wanted = json.loads(json.dumps(wanted))
@@ -64,119 +109,165 @@ class CandidatePool:
             _check_same(directory, read_json(header), wanted)
         else:
             write_json(header, wanted)
-        return cls(directory, tuple(class_names), image_size, seed)
+        return cls(directory, class_names, image_size, seed, short_hash(wanted))
+
+    def refresh(self) -> None:
+        """Looks at what is on disk, which other processes may have written."""
+        self._places: list[dict[int, _Place]] = [{} for _ in self.class_names]
+        self._labels_in: dict[Path, set[int]] = {}
+        folder = self.directory / "candidates"
+        for path in sorted(folder.glob("[0-9]*.safetensors")) if folder.is_dir() else ():
+            self._enter(path, *self._keys(path))
+
+    def has(self, class_index: int, index: int) -> bool:
+        """Whether a candidate is on disk."""
+        return index in self._places[class_index]
 
     def missing(self, class_index: int, count: int) -> list[int]:
         """Returns which of the candidates ``0 .. count - 1`` of a class are not on disk yet."""
-        present = {index for first, last, _ in self._shards(class_index) for index in range(first, last + 1)}
-        return [index for index in range(count) if index not in present]
+        return [index for index in range(count) if index not in self._places[class_index]]
 
-    def num_stored(self) -> int:
-        """Returns how many candidates of all classes are on disk."""
-        spans = [(first, last) for label in range(len(self.class_names)) for first, last, _ in self._shards(label)]
-        return sum(last + 1 - first for first, last in spans)
+    def num_stored(self, class_index: int | None = None) -> int:
+        """Returns how many candidates of a class, or of all classes, are on disk."""
+        return sum(map(len, self._places)) if class_index is None else len(self._places[class_index])
 
-    def fill(
-        self,
-        sample_fn: SampleFunction,
-        count_per_class: int,
-        *,
-        batch_size: int,
-        process_index: int = 0,
-        num_processes: int = 1,
-        progress: bool = True,
-    ) -> int:
-        """Generates what is missing of candidates ``0 .. count_per_class - 1`` of this process's classes.
+    def num_bytes(self) -> int:
+        """Returns the size of the candidates on disk."""
+        return sum(path.stat().st_size for path in self._labels_in)
 
-        Class `c` belongs to process ``c % num_processes``. Batches run across class borders, so all but the last are
-        full; each is on disk before the next begins.
+    def balanced_counts(self) -> list[int]:
+        """Returns how many candidates of each class to use so that no two classes differ by more than one.
+
+        Candidates of a class count from index 0 to the first one that is missing.
+        """
+        counts = []
+        for places in self._places:
+            counts.append(next(index for index in range(len(places) + 1) if index not in places))
+        return [min(count, min(counts) + 1) for count in counts]
+
+    def store(self, labels: Tensor, indices: Tensor, pixels: Tensor) -> None:
+        """Writes candidates, all or none of them.
 
         Args:
-            sample_fn: Generates one batch; an image must depend on its label and index only.
-            count_per_class: Candidates per class.
-            batch_size: Images per call of `sample_fn`.
-            process_index: This process's number.
-            num_processes: How many processes share the work.
-            progress: Show a progress bar.
-
-        Returns:
-            How many images were generated.
+            labels: int64 (b,).
+            indices: int64 (b,).
+            pixels: uint8 (b, 3, h, w).
         """
-        mine = range(process_index, len(self.class_names), num_processes)
-        todo = [(label, index) for label in mine for index in self.missing(label, count_per_class)]
-        total = len(mine) * count_per_class
-        with tqdm(total=total, initial=total - len(todo), unit="image", desc="Candidates", disable=not progress) as bar:
-            for start in range(0, len(todo), batch_size):
-                batch = torch.tensor(todo[start : start + batch_size])  # (b, 2)
-                labels, indices = batch.unbind(1)
-                self._store(labels, indices, sample_fn(labels, indices))
-                bar.update(len(batch))
-        return len(todo)
-
-    def read(self, class_index: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Reads candidates ``0 .. count - 1`` of one class.
-
-        Returns:
-            Pixels uint8 (count, 3, h, w) and indices int64 (count,), in the order of the indices.
-
-        Raises:
-            UserError: Candidates are missing, or a file was damaged or exchanged.
-        """
-        missing = self.missing(class_index, count)
-        if missing:
-            raise UserError(
-                f"pool {self.directory}: class {self.class_names[class_index]!r} has {count - len(missing)} of {count} "
-                "candidates; run sample.py again to make the rest"
-            )
-        pixels = torch.empty(count, 3, self.image_size, self.image_size, dtype=torch.uint8)
-        for first, last, path in self._shards(class_index):
-            if first < count:
-                stop = min(last + 1, count)
-                pixels[first:stop] = self._read_shard(path, class_index)[: stop - first]
-        return pixels, torch.arange(count)
-
-    def _class_dir(self, class_index: int) -> Path:
-        return self.directory / f"class-{class_index:05d}"
-
-    def _shards(self, class_index: int) -> Iterator[tuple[int, int, Path]]:
-        folder = self._class_dir(class_index)
-        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-            match = SHARD_NAME.match(path.name)
-            if match:
-                yield int(match[1]), int(match[2]), path
-
-    def _store(self, labels: torch.Tensor, indices: torch.Tensor, pixels: torch.Tensor) -> None:
         expected = (len(labels), 3, self.image_size, self.image_size)
         if pixels.dtype != torch.uint8 or tuple(pixels.shape) != expected:
             raise ValueError(f"expected uint8 {expected} from the sampler, got {pixels.dtype} {tuple(pixels.shape)}")
-        for part in _consecutive(labels, indices):
-            self._write_shard(int(labels[part][0]), indices[part], pixels[part].cpu().contiguous())
+        pixels, keys = pixels.cpu().contiguous(), list(zip(labels.tolist(), indices.tolist(), strict=True))
+        sums = [_checksum(key, image) for key, image in zip(keys, pixels, strict=True)]
+        tensors = {"pixels": pixels, "label": labels, "index": indices, "checksum": torch.tensor(sums)}
+        path = self._path(*keys[0])
+        write_bytes(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}, self._metadata))
+        self._enter(path, [label for label, _ in keys], [index for _, index in keys])
 
-    def _write_shard(self, class_index: int, indices: torch.Tensor, pixels: torch.Tensor) -> None:
-        name = f"{int(indices[0]):08d}-{int(indices[-1]):08d}.safetensors"
-        metadata = {"seed": str(self.seed), "class": self.class_names[class_index]}
-        tensors = {"pixels": pixels, "index": indices.contiguous()}
-        write_bytes(self._class_dir(class_index) / name, save(tensors, metadata))
+    def read(self, class_index: int, indices: Tensor) -> Tensor:
+        """Reads candidates of one class.
 
-    def _read_shard(self, path: Path, class_index: int) -> torch.Tensor:
-        try:
-            with safe_open(path, framework="pt") as shard:
-                metadata = shard.metadata()
-                pixels: torch.Tensor = shard.get_tensor("pixels")
-        except Exception as error:  # safetensors raises its own type, and OSError
-            raise UserError(
-                f"pool {self.directory}: {path.name} is unreadable ({error}); delete it and sample again"
-            ) from None
-        if metadata != {"seed": str(self.seed), "class": self.class_names[class_index]}:
-            raise UserError(f"pool {self.directory}: {path} is of {metadata}; delete it and sample again")
+        Args:
+            class_index: The class.
+            indices: int64 (m,), which ones.
+
+        Returns:
+            Pixels uint8 (m, 3, h, w), in the order of `indices`.
+
+        Raises:
+            UserError: A candidate is missing, or its file was damaged or exchanged.
+        """
+        pixels = torch.empty(len(indices), 3, self.image_size, self.image_size, dtype=torch.uint8)
+        wanted: dict[Path, list[tuple[int, int, int]]] = {}  # position here, row there, index
+        for position, index in enumerate(indices.tolist()):
+            place = self._places[class_index].get(index)
+            if place is None:
+                name = self.class_names[class_index]
+                raise UserError(f"pool {self.directory}: candidate {index} of {name!r} is missing; sample again")
+            wanted.setdefault(place.path, []).append((position, place.row, index))
+        for path, entries in wanted.items():
+            try:
+                self._read_rows(path, class_index, entries, pixels)
+            except Exception as error:  # safetensors raises its own type, and OSError
+                raise self._damaged(path, error) from None
         return pixels
 
+    def remove(self, class_index: int) -> None:
+        """Forgets the candidates of a class, and deletes the files that hold no other's."""
+        for path in {place.path for place in self._places[class_index].values()}:
+            self._labels_in[path].discard(class_index)
+            if not self._labels_in[path]:
+                path.unlink(missing_ok=True)
+                del self._labels_in[path]
+        self._places[class_index] = {}
 
-def _consecutive(labels: torch.Tensor, indices: torch.Tensor) -> Iterator[slice]:
-    """Yields the runs of a batch in which the class stays and the index counts up by one."""
-    starts = [0] + [i for i in range(1, len(labels)) if labels[i] != labels[i - 1] or indices[i] != indices[i - 1] + 1]
-    for start, stop in zip(starts, [*starts[1:], len(labels)], strict=True):
-        yield slice(start, stop)
+    def _path(self, label: int, index: int) -> Path:
+        return self.directory / "candidates" / f"{label:05d}-{index:08d}.safetensors"
+
+    def _enter(self, path: Path, labels: list[int], indices: list[int]) -> None:
+        self._labels_in[path] = set(labels)
+        for row, (label, index) in enumerate(zip(labels, indices, strict=True)):
+            self._places[label][index] = _Place(path, row)
+
+    def _keys(self, path: Path) -> tuple[list[int], list[int]]:
+        """Returns labels and indices of a file's images."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata()
+                labels, indices = file.get_tensor("label").tolist(), file.get_tensor("index").tolist()
+            if metadata != self._metadata or self._path(labels[0], indices[0]) != path:
+                raise ValueError("it is another pool's, or was renamed")
+            if not set(labels) <= set(range(len(self.class_names))):
+                raise ValueError("it names classes that do not exist")
+        except Exception as error:  # safetensors raises its own type, and OSError
+            raise self._damaged(path, error) from None
+        return labels, indices
+
+    def _read_rows(self, path: Path, label: int, entries: list[tuple[int, int, int]], out: Tensor) -> None:
+        with safe_open(path, framework="pt") as file:
+            stored, sums = file.get_slice("pixels"), file.get_tensor("checksum").tolist()
+            for start, stop in _runs([row for _, row, _ in entries]):
+                first = entries[start][1]
+                part = stored[first : first + stop - start]
+                for (position, row, index), image in zip(entries[start:stop], part, strict=True):
+                    if _checksum((label, index), image) != sums[row]:
+                        raise ValueError(f"checksum of image {row} differs")
+                    out[position] = image
+
+    def _damaged(self, path: Path, error: Exception) -> UserError:
+        return UserError(f"pool {self.directory}: {path.name} is unreadable ({error}); delete it and sample again")
+
+
+def tidy(directory: Path) -> None:
+    """Deletes what killed processes left half-written in a pool, before any process works in it."""
+    if directory.is_dir():
+        remove_leftovers(directory)
+        for folder in directory.iterdir():
+            if folder.is_dir():
+                remove_leftovers(folder)
+
+
+def remove_if_done(directory: Path) -> bool:
+    """Deletes a pool that nobody wants to keep and that no unfinished request has work in; returns whether it did."""
+    folders = [path for path in directory.iterdir() if path.is_dir() and not is_unused(path)]
+    if (directory / KEEP_NAME).exists() or folders:
+        return False
+    remove_dir(directory)
+    return True
+
+
+def short_hash(value: Any) -> str:
+    """Returns ten letters that name JSON values."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def _checksum(key: tuple[int, int], image: Tensor) -> int:
+    return zlib.crc32(image.numpy().data, zlib.crc32(struct.pack("<qq", *key)))
+
+
+def _runs(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yields (start, stop) of the parts in which numbers count up by one."""
+    starts = [0] + [i for i in range(1, len(rows)) if rows[i] != rows[i - 1] + 1]
+    yield from zip(starts, [*starts[1:], len(rows)], strict=True)
 
 
 def _check_same(directory: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:

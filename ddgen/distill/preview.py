@@ -42,7 +42,7 @@ def draw_preview(
     members = [(labels == row).nonzero().flatten()[:MAX_COLUMNS] for row in rows]
     columns = max(len(member) for member in members)
     subtitle = _subtitle(len(rows), len(class_names), columns, int(labels.bincount().max()))
-    thumbnails = [[_thumbnail(pixels[i]) for i in member] for member in members]
+    thumbnails = [[thumbnail(pixels[i]) for i in member] for member in members]
     width, height = next(image.size for row in thumbnails for image in row)
 
     names = [_fit(class_names[row], _font(17), NAME_WIDTH) for row in rows]
@@ -66,6 +66,30 @@ def draw_preview(
     return picture
 
 
+def draw_candidates(rows: Sequence[tuple[str, Sequence[Image.Image]]], title: str) -> Image.Image:
+    """Draws images of some classes while they are being made.
+
+    Args:
+        rows: Name of each class, and its images, all of one size.
+        title: First line of the picture.
+    """
+    names = [_fit(name, _font(17), NAME_WIDTH) for name, _ in rows]
+    width, height = rows[0][1][0].size
+    left = MARGIN + max(int(_font(17).getlength(name)) for name in names) + 2 * GAP
+    columns = max(len(images) for _, images in rows)
+    right = max(left + columns * (width + GAP), MARGIN + int(_font(17).getlength(title))) + MARGIN
+    top = MARGIN + 32
+    picture = Image.new("RGB", (right, top + len(rows) * (height + GAP) + MARGIN), PAPER)
+    draw = ImageDraw.Draw(picture)
+    draw.text((MARGIN, MARGIN - 4), title, INK, _font(17))
+    for r, (name, (_, images)) in enumerate(zip(names, rows, strict=True)):
+        y = top + r * (height + GAP)
+        draw.text((left - 2 * GAP, y + height // 2), name, INK, _font(17), anchor="rm")
+        for c, image in enumerate(images):
+            picture.paste(image, (left + c * (width + GAP), y))
+    return picture
+
+
 def percent(probability: float) -> str:
     """Writes a probability in whole percent, without rounding a doubt away: 0.998 is not 100%."""
     if 0 < probability < 0.01:
@@ -73,7 +97,8 @@ def percent(probability: float) -> str:
     return f"{probability:.1%}" if 0.99 < probability < 0.9995 else f"{probability:.0%}"
 
 
-def _thumbnail(pixels: torch.Tensor) -> Image.Image:
+def thumbnail(pixels: torch.Tensor) -> Image.Image:
+    """Turns one image uint8 (3, h, w) into a picture that is neither tiny nor large."""
     image = to_pil(pixels, enlargement(min(pixels.shape[-2:]), CELL_SIDE))
     if max(image.size) <= LARGEST_SIDE:
         return image

@@ -1,0 +1,155 @@
+"""What ``sample`` makes of the kept candidates, and what it says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddgen.checkpoint import read_json
+from ddgen.commands.runs import command_line, read_run_config
+from ddgen.config import SampleConfig
+from ddgen.distill.dataset import DistilledDataset
+from ddgen.distill.pool import CandidateSource
+from ddgen.distill.relabel import soft_labels
+from ddgen.distill.streaming import SelectedClass, rejections
+from ddgen.observer.observer import Observer
+from ddgen.timing import Clock
+
+
+def build_dataset(
+    config: SampleConfig,
+    source: CandidateSource,
+    classes: Sequence[SelectedClass],
+    *,
+    run_dir: Path,
+    observer: Observer,
+    precision: str,
+) -> DistilledDataset:
+    """Puts together what all classes keep.
+
+    Args:
+        config: Settings.
+        source: What made the candidates.
+        classes: In label order.
+        run_dir: The training run.
+        observer: What ranked them.
+        precision: Resolved.
+    """
+    labels = torch.cat([torch.full((len(found.index),), label) for label, found in enumerate(classes)])
+    return DistilledDataset(
+        pixels=torch.cat([found.pixels for found in classes]),
+        labels=labels,
+        soft_labels=soft_labels(torch.cat([found.logits for found in classes]), config.soft_label_temperature),
+        realism=torch.cat([found.loss for found in classes]),
+        seeds=torch.full((len(labels),), config.seed),
+        indices=torch.cat([found.index for found in classes]),
+        class_names=source.class_names,
+        provenance={
+            **_source_facts(run_dir),
+            "command": command_line(),
+            "seed": config.seed,
+            "candidates": source.settings(),
+            "observer_fingerprint": observer.fingerprint,
+            "selection": selection_facts(classes),
+            "recipe": _recipe(config, source, classes, run_dir, observer, precision),
+        },
+    )
+
+
+def random_generated(classes: Sequence[SelectedClass], labels: Tensor) -> dict[str, Tensor]:
+    """Returns as many candidates as are kept, drawn at random: pixels uint8 (n, 3, h, w) and labels int64 (n,)."""
+    return {"pixels": torch.cat([found.random for found in classes]), "labels": labels.contiguous()}
+
+
+def selection_facts(classes: Sequence[SelectedClass]) -> dict[str, Any]:
+    """Returns what selection did, as JSON; means over the pool are means of the classes' means."""
+    named_kept = torch.cat([found.predicted == label for label, found in enumerate(classes)])
+    return {
+        "candidates": sum(len(found.all_loss) for found in classes),
+        "mean_realism_loss_pool": _mean([found.all_loss[~found.blank].double().mean().item() for found in classes]),
+        "mean_realism_loss_kept": torch.cat([found.loss for found in classes]).double().mean().item(),
+        "class_named_pool": _mean(
+            [(found.all_predicted == label).double().mean().item() for label, found in enumerate(classes)]
+        ),
+        "class_named_kept": named_kept.double().mean().item(),
+        "rejected": rejections(classes),
+    }
+
+
+def kept_line(dataset: DistilledDataset) -> str:
+    """Says how much was kept and how it compares with the rest."""
+    facts = dataset.provenance["selection"]
+    return (
+        f"kept {len(dataset):,} of {facts['candidates']:,} candidates: mean realism loss"
+        f" {facts['mean_realism_loss_kept']:.3f} (pool {facts['mean_realism_loss_pool']:.3f}); the observer names the"
+        f" class of {facts['class_named_kept']:.1%} (pool {facts['class_named_pool']:.1%})"
+    )
+
+
+def rejected_line(classes: Sequence[SelectedClass]) -> str:
+    """Says how many candidates were rejected and why."""
+    reasons = rejections(classes)
+    text = "; ".join(f"{reason}: {count:,}" for reason, count in reasons.items())
+    return f"rejected {sum(reasons.values()):,}: {text}"
+
+
+def time_line(clock: Clock, images: Mapping[str, int], num_processes: int) -> str:
+    """Says how long each stage took.
+
+    Args:
+        clock: Of this process.
+        images: Stage -> images that went through it.
+        num_processes: How many processes there were.
+    """
+    parts = []
+    for stage, seconds in clock.seconds.items():
+        rate = f" ({images[stage] / seconds:,.1f} images/s)" if images.get(stage) and seconds else ""
+        parts.append(f"{stage} {seconds:,.1f} s{rate}")
+    whose = "time: " if num_processes == 1 else f"time of process 1 of {num_processes}: "
+    return whose + ", ".join(parts)
+
+
+def _recipe(
+    config: SampleConfig,
+    source: CandidateSource,
+    classes: Sequence[SelectedClass],
+    run_dir: Path,
+    observer: Observer,
+    precision: str,
+) -> dict[str, Any]:
+    counts = sorted(len(found.all_loss) for found in classes)
+    per_class = f"{counts[0]:,}" if counts[0] == counts[-1] else f"{counts[0]:,} to {counts[-1]:,}"
+    if config.budget_seconds is not None:
+        per_class += f", as many as {config.budget_seconds:g} s allowed"
+    optim = read_run_config(run_dir).optimizer
+    rule = "lowest realism loss of the observer (RDED)" if config.ipc else "none: every candidate is kept"
+    return {
+        "images per class": config.ipc or "all candidates",
+        "candidates per class": per_class,
+        "selection": rule,
+        **source.describe(),
+        "generator training": f"{optim.max_train_steps} steps of {optim.train_batch_size}",
+        "observer": f"{observer.network}, {observer.accuracy:.1%} on held-out real images",
+        "soft label temperature": config.soft_label_temperature,
+        "precision": precision,
+        "seed": config.seed,
+    }
+
+
+def _source_facts(run_dir: Path) -> dict[str, Any]:
+    real = read_json(run_dir / "dataset.json")
+    return {
+        "dataset": real["name"],
+        "dataset_fingerprint": real["fingerprint"],
+        "licence": real["licence"],
+        "num_source_images": real["num_images"],
+        "skipped_source_images": real["skipped"],
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
