@@ -16,11 +16,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ddgen.checkpoint import read_json, remove_dir, write_bytes
-from ddgen.commands.own_generator import own_generator
+from ddgen.commands.generators import candidate_source, check_probe, probe_classes
 from ddgen.commands.runs import (
     command_line,
     find_run,
     held_out_accuracy,
+    observer_dir,
     random_generated_path,
     read_run_config,
     start_accelerator,
@@ -29,7 +30,7 @@ from ddgen.config import (
     SampleConfig,
     TrainConfig,
 )
-from ddgen.data import check_class_order
+from ddgen.diffusion.foreign import ForeignGenerator
 from ddgen.diffusion.generator import Generator
 from ddgen.distill.dataset import DistilledDataset
 from ddgen.distill.pool import CandidatePool
@@ -38,13 +39,14 @@ from ddgen.distill.select import select_most_realistic, select_random
 from ddgen.errors import UserError
 from ddgen.observer.observer import Observer
 from ddgen.observer.realism import RealismScores, check_observer, realism_losses
+from ddgen.resume import on_main
 
 RANKING_BATCH_SIZE = 256
 
 
 def sample(config: SampleConfig) -> int:
     """Candidates, ranking, relabelling: writes a distilled dataset."""
-    run_dir, chosen = find_run(config.run_dir)
+    run_dir, chosen = find_run(config.run_dir, with_generator=config.generator is None)
     output_dir = Path(config.output_dir or run_dir / "distilled" / f"ipc{config.ipc}")
     if output_dir.exists() and not config.overwrite:
         raise UserError(f"--output_dir {output_dir}: exists already; give another, or --overwrite to replace it")
@@ -55,8 +57,8 @@ def sample(config: SampleConfig) -> int:
     say(f"run: {run_dir} ({chosen})")
     clock = _Clock(say)
     run_config = read_run_config(run_dir)
-    generator = own_generator(config, run_dir / "generator", accelerator.device, precision)
-    observer = Observer.load(config.observer or run_dir / "observer", generator.class_names)
+    generator = candidate_source(config, run_dir, accelerator, precision)
+    observer = Observer.load(config.observer or observer_dir(run_dir), generator.class_names)
     if observer.accuracy is None:
         observer.accuracy = held_out_accuracy(observer, run_config.data, accelerator, precision)
     check_observer(observer, generator.class_names)
@@ -78,9 +80,19 @@ def sample(config: SampleConfig) -> int:
         )
     if config.keep_pool and accelerator.is_main_process:
         (pool_dir / "keep").touch()
+    sample_fn = partial(generator.sample, seed=config.seed)
+    classes, probed = probe_classes(len(generator.class_names), count)
+
+    def probe() -> None:
+        pool.fill(sample_fn, probed, batch_size=config.sample_batch_size, classes=classes, progress=False)
+        pixels = torch.cat([pool.read(label, probed)[0] for label in classes])
+        labels = torch.tensor(classes).repeat_interleave(probed)
+        check_probe(config, pixels, labels, observer, accelerator.device, precision, say)
+
     with clock("sampling"):
+        on_main(accelerator, probe)
         pool.fill(
-            lambda labels, indices: generator.sample(labels, indices, config.seed),
+            sample_fn,
             count,
             batch_size=config.sample_batch_size,
             process_index=accelerator.process_index,
@@ -89,7 +101,8 @@ def sample(config: SampleConfig) -> int:
         )
         accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        _distill(config, run_dir, run_config, generator, observer, pool, count, output_dir, precision, clock)
+        facts = (run_dir, run_config, generator, observer)
+        _distill(config, *facts, pool, count, output_dir, precision, clock, accelerator.device)
         # One that was kept on purpose stays, and so does what a larger, unfinished, request left.
         if not (pool_dir / "keep").exists() and pool.num_stored() == total:
             remove_dir(pool_dir)
@@ -101,18 +114,17 @@ def _distill(
     config: SampleConfig,
     run_dir: Path,
     run_config: TrainConfig,
-    generator: Generator,
+    generator: Generator | ForeignGenerator,
     observer: Observer,
     pool: CandidatePool,
     count: int,
     output_dir: Path,
     precision: str,
     clock: _Clock,
+    device: torch.device,
 ) -> None:
     """Ranks the pool class by class, keeps the best, relabels them and writes everything."""
-    scores = partial(
-        realism_losses, observer, batch_size=RANKING_BATCH_SIZE, device=generator.unet.device, precision=precision
-    )
+    scores = partial(realism_losses, observer, batch_size=RANKING_BATCH_SIZE, device=device, precision=precision)
     parts: list[tuple[Tensor, Tensor, RealismScores, Tensor]] = []
     random: list[Tensor] = []
     pool_loss = pool_correct = 0.0
@@ -168,16 +180,14 @@ def _provenance(
     config: SampleConfig,
     run_dir: Path,
     run_config: TrainConfig,
-    generator: Generator,
+    generator: Generator | ForeignGenerator,
     observer: Observer,
     precision: str,
     selection: dict[str, float],
 ) -> dict[str, Any]:
     real = read_json(run_dir / "dataset.json")
-    check_class_order(
-        real["class_names"], generator.class_names, expected_name="the training images", found_name="the generator"
-    )
     optim = run_config.optimizer
+    own = {"generator training": f"{optim.max_train_steps} steps of {optim.train_batch_size}"}
     return {
         "dataset": real["name"],
         "dataset_fingerprint": real["fingerprint"],
@@ -187,6 +197,7 @@ def _provenance(
         "command": command_line(),
         "seed": config.seed,
         "generator_fingerprint": generator.fingerprint(),
+        "foreign_generator": generator.credit() if isinstance(generator, ForeignGenerator) else None,
         "observer_fingerprint": observer.fingerprint,
         "selection": selection,
         "recipe": {
@@ -194,7 +205,7 @@ def _provenance(
             "candidates per image kept": config.candidates_per_image,
             "selection": "lowest realism loss of the observer (RDED)",
             **generator.describe(),
-            "generator training": f"{optim.max_train_steps} steps of {optim.train_batch_size}",
+            **(own if config.generator is None else {}),
             "observer": f"{observer.network}, {observer.accuracy:.1%} on held-out real images",
             "soft label temperature": config.soft_label_temperature,
             "seed": config.seed,

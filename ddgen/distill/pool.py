@@ -84,6 +84,7 @@ class CandidatePool:
         batch_size: int,
         process_index: int = 0,
         num_processes: int = 1,
+        classes: Sequence[int] | None = None,
         progress: bool = True,
     ) -> int:
         """Generates what is missing of candidates ``0 .. count_per_class - 1`` of this process's classes.
@@ -97,12 +98,13 @@ class CandidatePool:
             batch_size: Images per call of `sample_fn`.
             process_index: This process's number.
             num_processes: How many processes share the work.
+            classes: Only these classes, all by this process.
             progress: Show a progress bar.
 
         Returns:
             How many images were generated.
         """
-        mine = range(process_index, len(self.class_names), num_processes)
+        mine = classes or range(process_index, len(self.class_names), num_processes)
         todo = [(label, index) for label in mine for index in self.missing(label, count_per_class)]
         total = len(mine) * count_per_class
         with tqdm(total=total, initial=total - len(todo), unit="image", desc="Candidates", disable=not progress) as bar:
