@@ -278,7 +278,17 @@ class SampleConfig:
     """Generate candidates, keep the most realistic, relabel them: a distilled dataset."""
 
     run_dir: str | None = None
-    """A finished training run. Default: the newest under runs/."""
+    """A finished training run; with --generator also an observer's folder. Default: the newest under runs/."""
+    generator: str | None = None
+    """Another generator: folder of one that ddgen trained, or folder or hub id of a diffusers pipeline that takes class
+    labels or prompts. Default: the run's."""
+    prompt: str | None = None
+    """Prompt for a text-to-image --generator, with {class} for the words for a class. Default: a photo of a {class}."""
+    class_map: str | None = None
+    """File that says what a class is called in --generator: JSON, YAML or lines `class: value`, the value being a
+    label number or label name, or words for the prompt. Default: the class names."""
+    trust_remote_code: bool = False
+    """Run the Python files that --generator brings with it."""
     ipc: int = 10
     """Images per class to keep; 0 keeps all that --budget_seconds allow."""
     candidates_per_image: int | None = None

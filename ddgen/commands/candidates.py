@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from ddgen.checkpoint import read_json, write_json
 from ddgen.config import SampleConfig
 from ddgen.distill.batching import BatchSizes, Budget, memory_of
 from ddgen.distill.filling import Halt, Key, budget_left, fill, keys_in_turn, missing_keys
@@ -22,7 +23,7 @@ from ddgen.errors import Stopped, UserError
 from ddgen.resume import on_main
 from ddgen.timing import Clock
 
-PREVIEW_NAME = "preview.png"
+PREVIEW_NAME, PROBED_NAME = "preview.png", "probed.json"
 
 
 @dataclass
@@ -78,6 +79,39 @@ class Candidates:
         self._budget = budget_left(self.pool, self.config.budget_seconds or 0.0)
         self.halt = Halt(self.pool_dir)
         self.accelerator.wait_for_everyone()  # all have looked before anyone writes
+
+    def probe(self, classes: Sequence[int], count: int, look: Callable[[Tensor, Tensor], None]) -> None:
+        """Has the first candidates looked at before the others are made; once for a pool and an observer.
+
+        Args:
+            classes: Which classes.
+            count: How many candidates of each.
+            look: Gets their pixels uint8 (n, 3, h, w) and labels int64 (n,), and raises what is wrong with them.
+
+        Raises:
+            Stopped: As `run`.
+            UserError: What `look` has found.
+        """
+        marker = self.pool_dir / PROBED_NAME
+        if marker.is_file() and read_json(marker) == self.score_settings:
+            return
+
+        def work() -> None:
+            keys = [(label, index) for label in classes for index in range(count) if not self.pool.has(label, index)]
+            watch = self._watch(len(keys), 0, None, title="First candidates")
+            try:
+                self._fill(keys, self._budget if self.config.budget_seconds is not None else None, watch.batch)
+            finally:
+                watch.close()
+            if self.halt.called() or not all(self.pool.has(label, count - 1) for label in classes):
+                return  # another process has failed, or the time is up
+            pixels = torch.cat([self.pool.read(label, torch.arange(count)) for label in classes])
+            look(pixels, torch.tensor(classes).repeat_interleave(count))
+            write_json(marker, self.score_settings)
+
+        self._together(work if self.accelerator.is_main_process else lambda: None)
+        self.pool.refresh()
+        self.accelerator.wait_for_everyone()
 
     def run(self) -> list[int]:
         """Makes what is missing and ranks it; returns how many candidates each class has had.
@@ -196,7 +230,7 @@ class Candidates:
             self.selection.rank(label, count)
         self.num_ranked += count
 
-    def _watch(self, total: int | None, done: int, budget: Budget | None) -> Watch:
+    def _watch(self, total: int | None, done: int, budget: Budget | None, title: str = "") -> Watch:
         processes = self.accelerator.num_processes
         main = self.accelerator.is_main_process
         return Watch(
@@ -206,7 +240,8 @@ class Candidates:
             clock=self.clock,
             latest=LatestCandidates(self.pool_dir / PREVIEW_NAME, self.pool.class_names) if main else None,
             shown=main,
-            title="Candidates" if processes == 1 else f"Candidates of process 1 of {processes}",
+            title=title or ("Candidates" if processes == 1 else f"Candidates of process 1 of {processes}"),
+            first=self.num_made == 0,
         )
 
     def _together(self, work: Callable[[], None]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ddgen.checkpoint import read_json
 from ddgen.commands.runs import command_line, read_run_config
 from ddgen.config import SampleConfig
+from ddgen.diffusion.foreign import ForeignGenerator
 from ddgen.distill.dataset import DistilledDataset
 from ddgen.distill.pool import CandidateSource
 from ddgen.distill.relabel import soft_labels
@@ -53,6 +54,7 @@ def build_dataset(
             "command": command_line(),
             "seed": config.seed,
             "candidates": source.settings(),
+            "foreign_generator": source.credit() if isinstance(source, ForeignGenerator) else None,
             "observer_fingerprint": observer.fingerprint,
             "selection": selection_facts(classes),
             "recipe": _recipe(config, source, classes, run_dir, observer, precision),
@@ -126,13 +128,14 @@ def _recipe(
     if config.budget_seconds is not None:
         per_class += f", as many as {config.budget_seconds:g} s allowed"
     optim = read_run_config(run_dir).optimizer
+    own = {"generator training": f"{optim.max_train_steps} steps of {optim.train_batch_size}"}
     rule = "lowest realism loss of the observer (RDED)" if config.ipc else "none: every candidate is kept"
     return {
         "images per class": config.ipc or "all candidates",
         "candidates per class": per_class,
         "selection": rule,
         **source.describe(),
-        "generator training": f"{optim.max_train_steps} steps of {optim.train_batch_size}",
+        **(own if config.generator is None else {}),
         "observer": f"{observer.network}, {observer.accuracy:.1%} on held-out real images",
         "soft label temperature": config.soft_label_temperature,
         "precision": precision,

@@ -11,6 +11,7 @@ from torch import Tensor
 from ddgen.commands.runs import (
     find_run,
     load_on_all,
+    observer_dir,
     random_generated_path,
     read_run_config,
     start_accelerator,
@@ -36,7 +37,7 @@ def evaluate(config: EvaluateConfig) -> int:
     distilled = DistilledDataset.load(distilled_dir)
     data = _evaluation_data(config, run_dir)
     train_images, test_images = (load_on_all(accelerator, data, split) for split in ("train", "test"))
-    source = config.observer or (run_dir / "observer" if run_dir is not None else None)
+    source = config.observer or (observer_dir(run_dir) if run_dir is not None else None)
     observer = Observer.load(source, distilled.class_names) if source is not None else None
     students = config.students or _default_students(observer)
     if config.dry_run:
@@ -84,7 +85,7 @@ def _what_to_evaluate(config: EvaluateConfig) -> tuple[Path | None, Path]:
         if run_dir is None and path.parent.name == "distilled" and (path.parent.parent / "config.yaml").is_file():
             run_dir = path.parent.parent
         return run_dir, path
-    run_dir, chosen = find_run(config.run_dir)
+    run_dir, chosen = find_run(config.run_dir, with_generator=False)
     print(f"run: {run_dir} ({chosen})")
     if config.ipc is not None:
         return run_dir, run_dir / "distilled" / f"ipc{config.ipc}"

@@ -147,17 +147,43 @@ def command_line() -> str:
     return " ".join(["python", *map(shlex.quote, [program, *sys.argv[1:]])])
 
 
-def find_run(run_dir: str | None) -> tuple[Path, str]:
-    """Returns a finished run and how it was chosen."""
+def find_run(run_dir: str | None, *, with_generator: bool = True) -> tuple[Path, str]:
+    """Returns a finished run and how it was chosen.
+
+    Args:
+        run_dir: ``--run_dir``; None takes the newest.
+        with_generator: Without, an observer that was trained alone will do.
+    """
     if run_dir is not None:
         path = Path(run_dir)
-        if not (path / "generator" / "model_index.json").is_file():
-            raise UserError(f"--run_dir {path}: no finished run (generator/model_index.json); train with train_ldm.py")
+        if with_generator and not (path / "generator" / "model_index.json").is_file():
+            cure = ", or give --generator to use only its observer" if _has_observer(path) else ""
+            raise UserError(
+                f"--run_dir {path}: no finished run (generator/model_index.json); train with train_ldm.py{cure}"
+            )
+        if not with_generator and not _has_observer(path):
+            raise UserError(
+                f"--run_dir {path}: no observer and dataset.json in it; train with train_ldm.py or ddgen observer"
+            )
         return path, "--run_dir"
-    found = sorted(RUNS_DIR.glob("*/generator/model_index.json"), key=lambda path: path.stat().st_mtime)
+    found = list(RUNS_DIR.glob("*/generator/model_index.json"))
+    if not with_generator:  # an unfinished run has both files too, but one level down
+        found += [path for path in RUNS_DIR.glob("*/config.json") if _has_observer(path.parent)]
     if not found:
-        raise UserError(f"--run_dir: no finished run under {RUNS_DIR}/; train with train_ldm.py, or name one")
-    return found[-1].parent.parent, f"the newest of {len(found)} finished under {RUNS_DIR}/"
+        cure = " or ddgen observer" if not with_generator else ""
+        raise UserError(f"--run_dir: no finished run under {RUNS_DIR}/; train with train_ldm.py{cure}, or name one")
+    newest = max(found, key=lambda path: path.stat().st_mtime)
+    run = newest.parent if newest.name == "config.json" else newest.parent.parent
+    return run, f"the newest of {len(found)} finished under {RUNS_DIR}/"
+
+
+def observer_dir(run_dir: Path) -> Path:
+    """Returns where a run's observer is: one that was trained alone is its own run folder."""
+    return run_dir if (run_dir / "config.json").is_file() else run_dir / "observer"
+
+
+def _has_observer(path: Path) -> bool:
+    return (observer_dir(path) / "config.json").is_file() and (path / "dataset.json").is_file()
 
 
 def read_run_config(run_dir: Path) -> TrainConfig:

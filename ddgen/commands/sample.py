@@ -9,13 +9,19 @@ from typing import Any
 from accelerate import Accelerator
 from safetensors.torch import save
 
-from ddgen.checkpoint import read_json, write_bytes
+from ddgen.checkpoint import write_bytes
 from ddgen.commands.candidates import PREVIEW_NAME, Candidates, cuda_wait
 from ddgen.commands.distilled import build_dataset, kept_line, random_generated, rejected_line, time_line
-from ddgen.commands.own_generator import own_generator
-from ddgen.commands.runs import find_run, held_out_accuracy, random_generated_path, read_run_config, start_accelerator
+from ddgen.commands.generators import candidate_source, check_probe, probe_classes
+from ddgen.commands.runs import (
+    find_run,
+    held_out_accuracy,
+    observer_dir,
+    random_generated_path,
+    read_run_config,
+    start_accelerator,
+)
 from ddgen.config import SampleConfig
-from ddgen.data import check_class_order
 from ddgen.distill.pool import CandidateSource
 from ddgen.distill.streaming import confusions
 from ddgen.errors import Stopped, UserError
@@ -31,7 +37,7 @@ from ddgen.timing import Clock
 def sample(config: SampleConfig) -> int:
     """Candidates, ranking, relabelling: writes a distilled dataset."""
     _check_settings(config)
-    run_dir, chosen = find_run(config.run_dir)
+    run_dir, chosen = find_run(config.run_dir, with_generator=config.generator is None)
     output_dir = Path(config.output_dir or run_dir / "distilled" / f"ipc{config.ipc}")
     if output_dir.exists() and not config.overwrite:
         raise UserError(f"--output_dir {output_dir}: exists already; give another, or --overwrite to replace it")
@@ -85,29 +91,19 @@ def _sample(config: SampleConfig, run_dir: Path, output_dir: Path, accelerator: 
         return
     work.open()
     say(_already_there(work))
+    classes, count = probe_classes(len(source.class_names), config.num_candidates)
+    work.probe(
+        classes, count, lambda pixels, labels: check_probe(config, work.score(pixels, labels), labels, observer, say)
+    )
     counts = work.run()
     on_main(accelerator, lambda: _finish(work, counts, observer, output_dir, precision))
     accelerator.wait_for_everyone()
 
 
-def candidate_source(config: SampleConfig, run_dir: Path, accelerator: Accelerator, precision: str) -> CandidateSource:
-    """Loads what makes the candidates.
-
-    Raises:
-        UserError: It is not there, or cannot sample as asked.
-    """
-    generator = own_generator(config, run_dir / "generator", accelerator.device, precision)
-    trained_on = read_json(run_dir / "dataset.json")["class_names"]
-    check_class_order(
-        trained_on, generator.class_names, expected_name="the training images", found_name="the generator"
-    )
-    return generator
-
-
 def _observer(
     config: SampleConfig, run_dir: Path, source: CandidateSource, accelerator: Accelerator, precision: str
 ) -> Observer:
-    observer = Observer.load(config.observer or run_dir / "observer", source.class_names)
+    observer = Observer.load(config.observer or observer_dir(run_dir), source.class_names)
     if observer.accuracy is None:
         observer.accuracy = held_out_accuracy(observer, read_run_config(run_dir).data, accelerator, precision)
     check_observer(observer, source.class_names)

@@ -38,6 +38,8 @@ from ddgen.commands.train_curve import draw_curve, fid_every_of_run, monitor_of_
 from ddgen.config import (
     DataConfig,
     ObserverConfig,
+    OptimizerConfig,
+    RunConfig,
     TrainConfig,
     TrainObserverConfig,
     to_flat_dict,
@@ -159,7 +161,17 @@ def train_observer_alone(config: TrainObserverConfig) -> int:
     with stop_at_once():
         seed = config.seed
         observer = _train_observer(config.observer, config.data, dataset, output_dir, accelerator, precision, seed)
-    accelerator.print(f"{observer.accuracy:.1%} on held-out real images; use it with --observer {output_dir}")
+    run = TrainConfig(
+        run=RunConfig(output_dir=str(output_dir), seed=seed),
+        data=config.data,
+        observer=config.observer,
+        optimizer=OptimizerConfig(mixed_precision=config.mixed_precision),
+    )
+    on_main(accelerator, lambda: _write_run_facts(run, dataset, output_dir))
+    accelerator.print(
+        f"{observer.accuracy:.1%} on held-out real images; use it with --observer {output_dir}, or with anybody's"
+        f" generator: python sample.py --run_dir {shlex.quote(str(output_dir))} --generator PATH_OR_HUB_ID"
+    )
     return 0
 
 

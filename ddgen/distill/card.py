@@ -116,14 +116,21 @@ def _introduction(facts: CardFacts) -> str:
             f"**{facts.num_images:,} generated images** of {len(facts.class_names):,} "
             f"{'class' if len(facts.class_names) == 1 else 'classes'}, {width} x {height} pixels, small enough to "
             f"train a classifier on in minutes.{stand_in}",
-            "A latent diffusion model trained on the real images generated many candidates; an observer, a classifier "
-            "trained on the same images, kept the most realistic of each class and gave each a soft label.",
+            f"{_maker(facts)} generated many candidates; an observer, a classifier trained on the real images, "
+            "kept the most realistic of each class and gave each a soft label.",
             f"It recognises {facts.agreement:.1%} of the kept images as their class, "
             f"with {facts.probability:.1%} probability on average.",
             "",
             "![Images of the dataset, one class per row](preview.png)",
         ]
     )
+
+
+def _maker(facts: CardFacts) -> str:
+    foreign = facts.provenance.get("foreign_generator")
+    if foreign:
+        return f"The diffusers pipeline {_inline(foreign['source'])}, which was not trained for this dataset,"
+    return "A latent diffusion model trained on the real images"
 
 
 def _loading(facts: CardFacts) -> str:
@@ -176,11 +183,27 @@ def _classes(facts: CardFacts) -> str:
         text = ", ".join(f"{label} {_inline(name)} in {_inline(folder)}" for label, (name, folder) in enumerate(named))
     if len(named) > 30:
         text = f"<details><summary>All {len(named):,} classes</summary>\n\n{text}\n\n</details>"
-    return f"## Classes\n\n{text}\n\nNumbers are the labels; `class_names.json` lists the names in that order."
+    text += "\n\nNumbers are the labels; `class_names.json` lists the names in that order."
+    return f"## Classes\n\n{text}{_class_map(facts)}"
+
+
+def _class_map(facts: CardFacts) -> str:
+    foreign = facts.provenance.get("foreign_generator")
+    if not foreign:
+        return ""
+    pairs = ", ".join(f"{_inline(name)}: {_inline(word)}" for name, word in foreign["class_map"].items())
+    summary = "<details><summary>What the generator was asked for</summary>"
+    return f"\n\n{summary}\n\n{pairs}\n\n</details>"
 
 
 def _licence(facts: CardFacts) -> str:
     licence = facts.provenance.get("licence") or "unknown"
+    foreign = facts.provenance.get("foreign_generator")
+    if foreign:
+        return (
+            f"## Licence\n\nThe images come from {_inline(foreign['source'])}, whose licence is: {foreign['licence']}. "
+            f"A classifier trained on {_source(facts)} chose and labelled them; licence of that source: {licence}."
+        )
     return (
         f"## Licence\n\nThe images come from a model that was trained on {_source(facts)}. Licence of that source: "
         f"{licence}. Generated images can resemble real ones: treat them as derived from the source."

@@ -77,6 +77,7 @@ class Watch:
         latest: The picture; None for none.
         shown: Whether anything is shown.
         title: Stands before the bar.
+        first: Whether no image has been made before.
     """
 
     def __init__(
@@ -89,14 +90,15 @@ class Watch:
         latest: LatestCandidates | None = None,
         shown: bool = True,
         title: str = "Candidates",
+        first: bool = True,
     ) -> None:
-        self.clock, self.budget, self.latest, self.shown = clock, budget, latest, shown
+        self.clock, self.budget, self.latest, self.shown, self.first = clock, budget, latest, shown, first
         self.num_made = 0
         self.bar = tqdm(total=num_images, initial=num_done, unit="image", desc=title, disable=not shown, smoothing=0.1)
 
     def batch(self, labels: Tensor, pixels: Tensor) -> None:
         """Takes a batch that was made: labels int64 (b,), pixels uint8 (b, 3, h, w)."""
-        if self.shown and not self.num_made:
+        if self.shown and self.first and not self.num_made:
             tqdm.write(f"first image after {seconds_since_start():.1f} s")
         self.num_made += len(labels)
         left = f"{max(0.0, self.budget.seconds - self.budget.spent):,.0f} s left, " if self.budget else ""

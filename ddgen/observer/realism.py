@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from scipy.stats import binom
 from torch import Tensor
 
 from ddgen.data import ImageDataset
@@ -86,9 +88,6 @@ def measure_accuracy(
 def check_observer(observer: Observer, dataset_classes: Sequence[str], *, min_ratio: float = 2.0) -> None:
     """Refuses an observer that knows other classes, or that is hardly better than guessing on real images.
 
-    The bar is `min_ratio` times chance, but never more than a quarter of the way from chance to perfect,
-    so that two or three classes have one that can be passed.
-
     Args:
         observer: Its `accuracy` must have been measured (`measure_accuracy`).
         dataset_classes: Class names of the images to be scored, in label order.
@@ -103,9 +102,46 @@ def check_observer(observer: Observer, dataset_classes: Sequence[str], *, min_ra
     if observer.accuracy is None:
         raise ValueError("check_observer: observer.accuracy is None; measure_accuracy first")
     chance = 1 / len(observer.class_names)
-    bar = min(min_ratio * chance, chance + (1 - chance) / 4)
-    if observer.accuracy < bar:
+    if observer.accuracy < _bar(chance, min_ratio):
         raise UserError(
             f"--observer {observer.network}: accuracy {observer.accuracy:.1%} on real held-out images, chance is "
             f"{chance:.1%}; most likely its class order differs from the dataset's, or it needs more --observer_epochs"
         )
+
+
+def candidate_problem(predicted: Tensor, labels: Tensor, class_names: Sequence[str]) -> str | None:
+    """Tells whether the observer recognises generated images no better than by guessing.
+
+    It must do so above the bar of `check_observer`, and so often that guessing would do as well in less than one of a
+    hundred cases (binomial), which asks for more when there are few images.
+
+    Args:
+        predicted: int64 (n,), the classes that the observer names.
+        labels: int64 (n,), the classes that the images were made for.
+        class_names: In label order.
+
+    Returns:
+        What is wrong, with the most frequent confusions; None if nothing is.
+    """
+    hits, count, chance = int((predicted == labels).sum()), len(labels), 1 / len(class_names)
+    if hits >= _bar(chance) * count and binom.sf(hits - 1, count, chance) < 0.01:
+        return None
+    made = Counter(labels.tolist())
+    pairs = zip(labels.tolist(), predicted.tolist(), strict=True)
+    confused = Counter((label, seen) for label, seen in pairs if label != seen).most_common(3)
+    examples = ", ".join(
+        f"{class_names[label]!r} seen as {class_names[seen]!r} ({n} of {made[label]})" for (label, seen), n in confused
+    )
+    return (
+        f"the observer names the class of {hits} of the first {count} images ({hits / count:.1%}; chance is"
+        f" {chance:.1%}), with {examples}"
+    )
+
+
+def _bar(chance: float, min_ratio: float = 2.0) -> float:
+    """Accuracy above which a classifier does more than guess.
+
+    A multiple of chance, but never more than a quarter of the way from chance to perfect, so that two or three classes
+    have one that can be passed.
+    """
+    return min(min_ratio * chance, chance + (1 - chance) / 4)
