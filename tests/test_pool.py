@@ -348,19 +348,19 @@ def test_no_more_than_one_class_and_the_batches_under_way_are_in_memory(tmp_path
                   if type(t) is torch.Tensor and t.dtype == torch.uint8 and t.ndim == 4}  # fmt: skip
         most = max(most, sum(images.values()))
 
-    names = tuple(f"class {i:02d}" for i in range(40))
+    names = tuple(f"class {i:02d}" for i in range(8))
     source = Source(names)
     source.before = look
-    work = candidates(tmp_path, source, ipc=2, candidates_per_image=30, sample_batch_size=20)
+    work = candidates(tmp_path, source, ipc=2, candidates_per_image=30, sample_batch_size=30)
 
     def watched(pixels: torch.Tensor, labels: torch.Tensor) -> RealismScores:
         look()
-        return score(pixels, labels, 40)
+        return score(pixels, labels, 8)
 
     work.score = watched
     work.open()
-    assert work.run() == [60] * 40
-    assert 60 <= most <= 60 + 60 + 20 * (filling.WAITING + 2)  # what is scored is a copy of what was read
+    assert work.run() == [60] * 8
+    assert 60 <= most <= 60 + 60 + 30 * (filling.WAITING + 2)  # what is scored is a copy of what was read
 
 
 def test_a_damaged_selection_is_made_again_or_refused(tmp_path: Path) -> None:
