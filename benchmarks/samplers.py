@@ -35,6 +35,7 @@ from ddgen.checkpoint import write_bytes
 from ddgen.commands.runs import find_run, load_on_all, read_run_config, start_accelerator
 from ddgen.commands.train_curve import monitor_of_run
 from ddgen.data import ImageDataset
+from ddgen.diffusion.autoguidance import load_guide
 from ddgen.diffusion.generator import Generator, load_generator
 from ddgen.diffusion.samplers import num_evaluations
 from ddgen.distill.select import select_most_realistic, select_random
@@ -177,7 +178,7 @@ def _measure(bench: Bench, name: str, changes: dict[str, Any]) -> Result:
     sampling = {key: value for key, value in changes.items() if key not in ("students", "guide")}
     generator = bench.generator.with_sampling(**sampling)
     if "guide" in changes:
-        generator = generator.with_guide(Path(changes["guide"]))
+        generator = replace(generator, guide=load_guide(Path(changes["guide"]), generator))
     classes = len(generator.class_names)
     labels = torch.arange(settings.num_images) % classes
     indices = torch.arange(settings.num_images) // classes
