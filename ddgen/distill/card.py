@@ -181,8 +181,8 @@ soft_label = soft_labels[0].float()
 def _numbering(facts: CardFacts) -> str:
     if _is_real(facts):
         return (
-            "`index` numbers the crop, or the\nfirst of a grid, within its class: image times crops per image plus crop. "
-            "With `seed` it gives the same crop again."
+            "`index` numbers the crop, or the\n"
+            "first of a grid, within its class: image times crops per image plus crop."
         )
     return "`seed` and `index` name the candidate: with\nthem the generator makes the same image again."
 

@@ -190,8 +190,8 @@ class DistilledDataset:
         pq.write_table(table, path, row_group_size=1000)
 
     def _preview_png(self) -> bytes:
-        kind = "distilled real images" if self.provenance.get("source") == "real" else "generated images"
-        title = f"{self.provenance.get('dataset') or 'Distilled dataset'}: {self.ipc} {kind} per class"
+        made = "generated images" if self.provenance.get("source") != "real" else "images made of real ones"
+        title = f"{self.provenance.get('dataset') or 'Distilled dataset'}: {self.ipc} {made} per class"
         picture = draw_preview(self.pixels, self.labels, self.realism, self._recognised(), self.class_names, title)
         return _png_bytes(picture)
 
