@@ -95,10 +95,12 @@ def _work(settings: Settings, device: torch.device, precision: str) -> tuple[dic
     memory_format = torch.channels_last if uses_channels_last(observer, device) else torch.contiguous_format
     per_batch = BATCH_SIZE // plan.num_crop * plan.num_crop
     ready = [to_images01(part, device).contiguous(memory_format=memory_format) for part in crops.split(per_batch)]
-    real = realism_scores(observer, pixels, 0, batch_size=per_batch, device=device, precision=precision)
+    real = realism_scores(observer, pixels, labels, batch_size=per_batch, device=device, precision=precision)
 
     def candidates() -> Tensor:
-        scores = realism_scores(observer, crops, 0, batch_size=per_batch, device=device, precision=precision)
+        scores = realism_scores(
+            observer, crops, labels.new_zeros(len(crops)), batch_size=per_batch, device=device, precision=precision
+        )
         return _choose(settings, scores, real)
 
     def crops_of_real() -> object:

@@ -251,7 +251,7 @@ def test_one_pass_gives_logits_and_features() -> None:
     for what, found in (("logits", logits), ("features", features)):
         alone = predict_pixels(known, pixels, what=what, batch_size=4, device=CPU, precision="no")  # type: ignore[arg-type]
         torch.testing.assert_close(found, alone, atol=1e-6, rtol=0)
-    scores = realism_scores(known, pixels, 1, batch_size=4, device=CPU, precision="no")
+    scores = realism_scores(known, pixels, torch.ones(10).long(), batch_size=4, device=CPU, precision="no")
     other = realism_losses(known, pixels, torch.ones(10).long(), batch_size=10, device=CPU, precision="no")
     torch.testing.assert_close(scores.loss, other.loss, atol=1e-6, rtol=0)
     assert torch.equal(scores.predicted, other.predicted) and scores.features is not None and other.features is None
@@ -262,7 +262,9 @@ def test_real_scores_are_of_the_class_alone() -> None:
     many = real_class_scores(observer(), data, 0, 0, device=CPU, precision="no")
     few = real_class_scores(observer(), data, 2, 0, device=CPU, precision="no")
     assert len(many) == REAL_IMAGES and len(few) == 3
-    expected = realism_scores(observer(), data.pixels[data.labels == 2], 2, batch_size=3, device=CPU, precision="no")
+    expected = realism_scores(
+        observer(), data.pixels[data.labels == 2], torch.full((3,), 2), batch_size=3, device=CPU, precision="no"
+    )
     torch.testing.assert_close(few.loss, expected.loss, atol=1e-6, rtol=0)
 
 

@@ -17,7 +17,13 @@ from torch import Tensor
 
 from ddgen.config import Selection
 from ddgen.distill.select import Candidates, select, select_most_realistic, select_random, selection_needs
-from ddgen.distill.selection_report import COMPARED_CLASSES, SelectionReport, compared_classes
+from ddgen.distill.selection_report import (
+    COMPARED_CLASSES,
+    ClassReport,
+    SelectionReport,
+    compared_classes,
+    report_class,
+)
 from ddgen.errors import UserError
 from ddgen.evaluation.neighbours import compare_supports
 from ddgen.observer.realism import RealismScores
@@ -262,12 +268,11 @@ def test_coverage_is_that_of_the_curve_and_needs_few_points() -> None:
 
 
 def test_the_report_by_hand() -> None:
-    report = SelectionReport("middle", ("cat", "dog"))
     real = scores([0.5, 1.5, 1.0], [True, False, True], [[0.0], [1.0], [2.0]])
     first = candidates(scores([0.1, 0.3, 0.8], [True, True, False], [[0.0], [3.0], [9.0]]), real)
-    report.add(first, torch.tensor([1, 0]))
     second = dataclasses.replace(candidates(scores([1.0, 2.0], features=[[0.0], [1.0]])), class_index=1)
-    report.add(second, torch.tensor([0, 1]))  # predicted is 0, so neither is named
+    classes = [report_class(first, torch.tensor([1, 0])), report_class(second, torch.tensor([0, 1]))]
+    report = SelectionReport("middle", ("cat", "dog"), classes)  # of the second none is named: predicted is 0
     found = report.to_dict()
     assert found["rule"] == "middle" and found["candidates"] == 5 and found["images_per_class"] == [2, 2]
     assert found["mean_realism_loss_kept"] == pytest.approx((0.2 + 1.5) / 2)
@@ -293,20 +298,21 @@ def test_the_report_by_hand() -> None:
 
 def test_the_random_column_is_the_random_baseline() -> None:
     found = drawn(4)
-    report = SelectionReport("realism", ("cat",))
-    report.add(found, select("realism", found, 6))
+    report = SelectionReport("realism", ("cat",), [report_class(found, select("realism", found, 6))])
     expected = found.scores.loss[select_random(len(found), 6, 4, 0)].double().mean()
     assert report.to_dict()["table"]["as many at random"]["loss"] == pytest.approx(float(expected))
 
 
 def test_the_picture_opens_and_is_the_same_again() -> None:
     def draw(ipc: int, with_real: bool) -> bytes:
-        report = SelectionReport("realism", tuple("abcd"))
+        classes = []
         for seed in range(4):
             found = dataclasses.replace(drawn(seed), class_index=seed)
             found = found if with_real else dataclasses.replace(found, real=None)
-            report.add(found, select("realism", found, ipc))
-        return report.draw()
+            classes.append(report_class(found, select("realism", found, ipc)))
+        # as processes that share the classes hand them over
+        classes = [ClassReport.from_tensors(one.label, one.to_tensors()) for one in classes]
+        return SelectionReport("realism", tuple("abcd"), classes).draw()
 
     data = draw(1, True)
     assert data == draw(1, True)

@@ -26,7 +26,7 @@ from ddgen.distill.compose import compose
 from ddgen.distill.dataset import DistilledDataset
 from ddgen.distill.rded import CropPlan, plan_crops, rank_class
 from ddgen.distill.relabel import soft_labels
-from ddgen.distill.selection_report import SelectionReport, compared_classes
+from ddgen.distill.selection_report import ClassReport, SelectionReport, compared_classes, report_class
 from ddgen.errors import UserError
 from ddgen.observer.observer import Observer
 from ddgen.observer.realism import check_observer, real_class_scores, realism_losses
@@ -54,8 +54,8 @@ def distill(config: DistillConfig) -> int:
         print(f"dry run: {crops:,} crops of {sum(len(plan.numbers) for plan in plans):,} real images -> {output_dir}")
         return 0
     started = time.perf_counter()
-    report = SelectionReport(config.selection, dataset.class_names)
-    kept = _keep(config, dataset, observer, members, plans, report, accelerator.device, precision)
+    kept = _keep(config, dataset, observer, members, plans, accelerator.device, precision)
+    report = SelectionReport(config.selection, dataset.class_names, [one.report for one in kept])
     distilled = _distilled(config, dataset, observer, kept, report, crops, accelerator.device, precision)
     distilled.save(output_dir, overwrite=config.overwrite, selection_png=report.draw())
     print("\n".join(report.lines()))
@@ -69,10 +69,11 @@ def distill(config: DistillConfig) -> int:
 
 @dataclass(frozen=True)
 class _Kept:
-    """Images uint8 (ipc, 3, s, s) of a class, and the candidate number of the first cell of each, int64 (ipc,)."""
+    """Of a class: images uint8 (ipc, 3, s, s), candidate numbers of their first cells int64 (ipc,), and the report."""
 
     pixels: Tensor
     indices: Tensor
+    report: ClassReport
 
 
 def _run(config: DistillConfig) -> Path | None:
@@ -132,7 +133,6 @@ def _keep(
     observer: Observer,
     members: list[Tensor],
     plans: list[CropPlan],
-    report: SelectionReport,
     device: torch.device,
     precision: str,
 ) -> list[_Kept]:
@@ -156,9 +156,9 @@ def _keep(
             device=device,
             precision=precision,
         )
-        report.add(ranked.candidates, ranked.kept)
         pixels = compose(ranked.patches[ranked.kept], config.factor, dataset.image_size)
-        kept.append(_Kept(pixels, ranked.candidates.numbers[ranked.kept[: config.ipc]]))
+        numbers = ranked.candidates.numbers[ranked.kept[: config.ipc]]
+        kept.append(_Kept(pixels, numbers, report_class(ranked.candidates, ranked.kept)))
     return kept
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,66 +32,105 @@ def compared_classes(rule: Selection, num_classes: int) -> list[int]:
     return [round(i * (num_classes - 1) / (COMPARED_CLASSES - 1)) for i in range(COMPARED_CLASSES)]
 
 
-@dataclass
-class SelectionReport:
-    """Takes in class after class and keeps only what it will tell.
+@dataclass(frozen=True)
+class ClassReport:
+    """What there is to tell of one class.
+
+    Attributes:
+        label: Which class.
+        figures: float64 (4, 4), a row for each of `_SHOWN`, a column for each of `_FIGURES`; nan where unknown.
+        losses: What -> realism losses, float32.
+        cloud: What -> features on the real ones' two principal components, float32 (n, 2); empty without real ones.
+    """
+
+    label: int
+    figures: Tensor
+    losses: dict[str, Tensor]
+    cloud: dict[str, Tensor]
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Returns everything but the label, by names that `from_tensors` knows."""
+        return {
+            "figures": self.figures,
+            **{f"losses.{name}": found for name, found in self.losses.items()},
+            **{f"cloud.{name}": found for name, found in self.cloud.items()},
+        }
+
+    @classmethod
+    def from_tensors(cls, label: int, tensors: Mapping[str, Tensor]) -> ClassReport:
+        """Takes back what `to_tensors` gave."""
+        losses, cloud = (
+            {name.removeprefix(prefix): found for name, found in tensors.items() if name.startswith(prefix)}
+            for prefix in ("losses.", "cloud.")
+        )
+        return cls(label, tensors["figures"], losses, cloud)
+
+    def figure(self, what: str, name: str) -> float | None:
+        """Returns one figure of one set of images, None where it is unknown."""
+        value = float(self.figures[list(_SHOWN).index(what), _FIGURES.index(name)])
+        return None if math.isnan(value) else value
+
+
+def report_class(candidates: Candidates, kept: Tensor) -> ClassReport:
+    """Measures what was kept of one class against as many at random, all candidates and real images.
 
     Args:
+        candidates: All that could be kept; features, and real images, are told of where they are there.
+        kept: Positions of those that were, int64 (ipc,).
+    """
+    by_number = candidates.numbers.argsort()
+    at_random = by_number[select_random(len(candidates), len(kept), candidates.seed, candidates.class_index)]
+    sets: dict[str, RealismScores] = {
+        "kept": candidates.scores.rows(kept),
+        "random": candidates.scores.rows(at_random),
+        "candidates": candidates.scores,
+    }
+    real = candidates.real
+    if real is not None:
+        sets["real"] = real
+    figures = torch.full((len(_SHOWN), len(_FIGURES)), math.nan, dtype=torch.float64)
+    for row, name in enumerate(_SHOWN):
+        if name in sets:
+            compared = None if name == "real" else real
+            figures[row] = torch.tensor(_figures(sets[name], compared, candidates.class_index), dtype=torch.float64)
+    losses = {name: found.loss for name, found in sets.items()}
+    return ClassReport(candidates.class_index, figures, losses, _cloud(sets))
+
+
+@dataclass(frozen=True)
+class SelectionReport:
+    """What a rule did to all classes.
+
+    Attributes:
         rule: Name of the selection rule.
         class_names: In label order.
+        classes: One report each.
     """
 
     rule: Selection
     class_names: Sequence[str]
-    _classes: list[dict[str, dict[str, float | None]]] = field(default_factory=list)
-    _losses: dict[str, list[Tensor]] = field(default_factory=dict)
-    _clouds: list[tuple[str, dict[str, np.ndarray]]] = field(default_factory=list)
-    _counts: list[int] = field(default_factory=list)
-    _num_candidates: int = 0
-
-    def add(self, candidates: Candidates, kept: Tensor) -> None:
-        """Takes in one class.
-
-        Args:
-            candidates: All that could be kept, with features; real images are compared where there are scores of them.
-            kept: Positions of those that were, int64 (ipc,).
-        """
-        by_number = candidates.numbers.argsort()
-        at_random = by_number[select_random(len(candidates), len(kept), candidates.seed, candidates.class_index)]
-        sets = {
-            "kept": candidates.scores.rows(kept),
-            "random": candidates.scores.rows(at_random),
-            "candidates": candidates.scores,
-        }
-        real = candidates.real
-        if real is not None:
-            sets["real"] = real
-        self._classes.append({name: _figures(name, found, real, candidates) for name, found in sets.items()})
-        for name, found in sets.items():
-            self._losses.setdefault(name, []).append(found.loss)
-        if real is not None and len(self._clouds) < DRAWN_CLASSES and real.features is not None and len(real) > 2:
-            self._clouds.append((self.class_names[candidates.class_index], _cloud(sets)))
-        self._counts.append(len(kept))
-        self._num_candidates += len(candidates)
+    classes: Sequence[ClassReport]
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the figures, means over classes, for provenance and card."""
-        worst = min(range(len(self._classes)), key=lambda i: self._classes[i]["kept"]["class_named"] or 0.0)
+        named = {one.label: one.figure("kept", "class_named") or 0.0 for one in self.classes}
+        worst = min(named, key=lambda label: (named[label], label))
+        counts = [len(one.losses["kept"]) for one in self.classes]
         return {
             "rule": self.rule,
-            "candidates": self._num_candidates,
+            "candidates": sum(len(one.losses["candidates"]) for one in self.classes),
             "mean_realism_loss_pool": self._mean("candidates", "loss"),
             "mean_realism_loss_kept": self._mean("kept", "loss"),
             "class_named_pool": self._mean("candidates", "class_named"),
             "class_named_kept": self._mean("kept", "class_named"),
-            "class_named_least": self._classes[worst]["kept"]["class_named"],
+            "class_named_least": named[worst],
             "class_named_least_class": self.class_names[worst],
-            "images_per_class": [min(self._counts), max(self._counts)],
-            "compared_classes": sum("real" in figures for figures in self._classes),
+            "images_per_class": [min(counts), max(counts)],
+            "compared_classes": sum("real" in one.losses for one in self.classes),
             "table": {
-                _SHOWN[name]: {figure: self._mean(name, figure) for figure in _FIGURES}
-                for name in _SHOWN
-                if name in self._losses
+                title: {figure: self._mean(name, figure) for figure in _FIGURES}
+                for name, title in _SHOWN.items()
+                if any(name in one.losses for one in self.classes)
             },
         }
 
@@ -115,27 +155,27 @@ class SelectionReport:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-        panels = 1 + len(self._clouds)
+        clouds = _evenly([one for one in self.classes if one.cloud], DRAWN_CLASSES)
+        panels = 1 + len(clouds)
         figure = Figure(figsize=(1.2 + 3.6 * panels, 3.9), dpi=130, layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots(1, panels, squeeze=False)[0]
         self._draw_losses(axes[0])
-        for panel, (name, cloud) in zip(axes[1:], self._clouds, strict=True):
-            _draw_cloud(panel, name, cloud)
-        handles = [
-            figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-        ]
+        for panel, one in zip(axes[1:], clouds, strict=True):
+            _draw_cloud(panel, self.class_names[one.label], one.cloud)
+        handles = axes[0].get_legend_handles_labels()
+        legend = figure.legend(*handles, loc="outside lower center", ncols=3, frameon=False)
         figure.suptitle(f"Selection rule {self.rule}: what it kept", fontsize=11, x=0.01, ha="left")
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", bbox_extra_artists=handles, metadata={"Software": None})
+        figure.savefig(buffer, format="png", bbox_extra_artists=[legend], metadata={"Software": None})
         return buffer.getvalue()
 
     def _draw_losses(self, axes: Any) -> None:
-        losses = {
-            name: torch.cat(self._losses[name]).double().clamp(min=LEAST_LOSS).numpy()
-            for name in _COLOURS
-            if name in self._losses
-        }
+        losses = {}
+        for name in _COLOURS:
+            found = [one.losses[name] for one in self.classes if name in one.losses]
+            if found:
+                losses[name] = torch.cat(found).double().clamp(min=LEAST_LOSS).numpy()
         everything = np.concatenate(list(losses.values()))
         low, high = np.log10(np.quantile(everything, [0.005, 1.0]))
         edges = np.logspace(low, max(high, low + 0.1), 31)
@@ -158,42 +198,47 @@ class SelectionReport:
 
     def _mean(self, name: str, figure: str) -> float | None:
         """Means over the classes that have the figure."""
-        values = [figures[name][figure] for figures in self._classes if name in figures]
-        known = [value for value in values if value is not None]
-        return statistics.fmean(known) if known else None
+        values = [value for one in self.classes if (value := one.figure(name, figure)) is not None]
+        return statistics.fmean(values) if values else None
 
 
-def _figures(
-    name: str, scores: RealismScores, real: RealismScores | None, candidates: Candidates
-) -> dict[str, float | None]:
-    covered = None
-    if name != "real" and real is not None and real.features is not None and scores.features is not None:
-        covered = coverage(real.features, scores.features) if len(real) > 1 else None
-    return {
-        "loss": float(scores.loss.double().mean()),
-        "class_named": float((scores.predicted == candidates.class_index).double().mean()),
-        "distance": None if scores.features is None else mean_distance(scores.features),
-        "coverage": covered,
-    }
+def _figures(scores: RealismScores, real: RealismScores | None, label: int) -> list[float]:
+    """Returns what `_FIGURES` names of one set, nan where it is unknown."""
+    distance, covered = None, None
+    if scores.features is not None:
+        distance = mean_distance(scores.features)
+        if real is not None and real.features is not None and len(real) > 1:
+            covered = coverage(real.features, scores.features)
+    return [
+        float(scores.loss.double().mean()),
+        float((scores.predicted == label).double().mean()),
+        math.nan if distance is None else distance,
+        math.nan if covered is None else covered,
+    ]
 
 
-def _cloud(sets: dict[str, RealismScores]) -> dict[str, np.ndarray]:
+def _cloud(sets: Mapping[str, RealismScores]) -> dict[str, Tensor]:
     """Projects features on the two principal components of the real ones."""
-    found = {name: sets[name].features for name in _COLOURS}
-    real = found["real"]
-    assert real is not None
+    found = {name: sets[name].features for name in _COLOURS if name in sets}
+    real = found.get("real")
+    if real is None or len(real) < 3 or real.shape[1] < 2:
+        return {}
     centre = real.mean(dim=0)
     _, _, directions = torch.linalg.svd((real - centre).double(), full_matrices=False)
-    signs = torch.sign(directions.gather(1, directions.abs().argmax(dim=1, keepdim=True)))  # svd leaves them open
+    signs = directions.gather(1, directions.abs().argmax(dim=1, keepdim=True)).sign()  # svd leaves them open
     axes = (directions * signs)[:2].T
-    return {
-        name: ((features - centre).double() @ axes).numpy() for name, features in found.items() if features is not None
-    }
+    return {name: ((found - centre).double() @ axes).float() for name, found in found.items() if found is not None}
 
 
-def _draw_cloud(axes: Any, name: str, cloud: dict[str, np.ndarray]) -> None:
+def _evenly(classes: Sequence[ClassReport], most: int) -> list[ClassReport]:
+    if len(classes) <= most:
+        return list(classes)
+    return [classes[round(i * (len(classes) - 1) / (most - 1))] for i in range(most)]
+
+
+def _draw_cloud(axes: Any, name: str, cloud: Mapping[str, Tensor]) -> None:
     for order, (kind, size) in enumerate((("real", 9), ("candidates", 9), ("kept", 26))):
-        points = cloud[kind]
+        points = cloud[kind].numpy()
         edge = {"edgecolors": "white", "linewidths": 0.6} if kind == "kept" else {"linewidths": 0}
         alpha = 1.0 if kind == "kept" else 0.75
         axes.scatter(points[:, 0], points[:, 1], s=size, color=_COLOURS[kind], alpha=alpha, zorder=order + 1, **edge)

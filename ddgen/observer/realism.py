@@ -62,14 +62,14 @@ def realism_losses(
 
 
 def realism_scores(
-    observer: Observer, pixels: Tensor, label: int, *, batch_size: int, device: torch.device, precision: str
+    observer: Observer, pixels: Tensor, labels: Tensor, *, batch_size: int, device: torch.device, precision: str
 ) -> RealismScores:
-    """Scores images of one class like `realism_losses`, and keeps the features of the same pass.
+    """Scores images like `realism_losses`, and keeps the features of the same pass.
 
     Args:
         observer: Moved to `device`.
         pixels: uint8 (n, 3, h, w), n at least 1.
-        label: Their class.
+        labels: int64 (n,), the classes the images were made for.
         batch_size: Images per forward pass.
         device: Where to compute.
         precision: See `ddgen.precision`.
@@ -82,7 +82,7 @@ def realism_scores(
         for part in pixels.split(batch_size)
     ]
     logits, features = (torch.cat([part[i] for part in parts]) for i in range(2))
-    return scores_of(logits, torch.full((len(logits),), label), precision, features)
+    return scores_of(logits, labels.cpu(), precision, features)
 
 
 def scores_of(logits: Tensor, labels: Tensor, precision: str, features: Tensor | None = None) -> RealismScores:
@@ -126,7 +126,9 @@ def real_class_scores(
     members = (dataset.labels == label).nonzero().flatten()
     order = numpy_generator(seed, "real class", label).permutation(len(members))[:REAL_IMAGES]
     drawn = members[torch.from_numpy(np.sort(order))]
-    return realism_scores(observer, dataset.pixels[drawn], label, batch_size=256, device=device, precision=precision)
+    return realism_scores(
+        observer, dataset.pixels[drawn], dataset.labels[drawn], batch_size=256, device=device, precision=precision
+    )
 
 
 def measure_accuracy(
