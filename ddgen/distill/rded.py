@@ -79,6 +79,8 @@ def plan_crops(
     Raises:
         UserError: No image, or `mipc` smaller than what the class could give and the images need.
     """
+    if ipc < 1:
+        raise UserError(f"--ipc {ipc}: keep at least 1 image per class")
     quota = ipc * factor**2
     if num_images == 0:
         raise UserError(f"--data_dir: class {class_name} has no training images; leave it out with --classes")
