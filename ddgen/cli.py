@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from ddgen.config import EvaluateConfig, SampleConfig, TrainConfig, TrainObserverConfig, parse
+from ddgen.config import DistillConfig, EvaluateConfig, SampleConfig, TrainConfig, TrainObserverConfig, parse
 from ddgen.errors import Stopped, UserError
 from ddgen.launch import start_asked_for_processes, stop_with_launcher
 
@@ -19,6 +19,11 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
     "train": (TrainConfig, "train:train", "train the observer, the autoencoder and the diffusion model"),
     "observer": (TrainObserverConfig, "train:train_observer_alone", "train an observer alone"),
     "sample": (SampleConfig, "sample:sample", "generate candidates, keep the most realistic, relabel them"),
+    "distill": (
+        DistillConfig,
+        "distill:distill",
+        "crop real images, keep the best crops, relabel them (RDED)",
+    ),
     "evaluate": (EvaluateConfig, "evaluate:evaluate", "score students trained on a distilled dataset on real images"),
 }
 """Name -> settings, where the function is in ddgen.commands, and what it does."""

@@ -30,6 +30,17 @@ DatasetName = Literal[
 ]
 Precision = Literal["no", "bf16", "fp16"]
 Sampler = Literal["ddim", "dpmsolver++", "unipc", "heun", "ipndm"]
+Selection = Literal[
+    "realism",
+    "random",
+    "confident-correct",
+    "least-confident-correct",
+    "middle",
+    "difficulty-match",
+    "herding",
+    "k-center",
+    "diverse-realism",
+]
 
 
 @dataclass(frozen=True)
@@ -349,6 +360,42 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
+class DistillConfig:
+    """Distil real images (RDED): crops of them, the best kept by the observer, stitched and relabelled."""
+
+    source: Literal["real"] = "real"
+    """What is cropped: the real training images. Candidates of a generator are made and kept by `sample`."""
+    run_dir: str | None = None
+    """The training run whose data and observer are used. Default: the newest under runs/, unless --dataset is given."""
+    data: DataConfig = field(default_factory=DataConfig)
+    observer: str | None = None
+    """Observer folder or hub id. Default: the run's."""
+    ipc: int = 10
+    """Images per class to keep."""
+    factor: int = 1
+    """Each image is a grid of factor x factor crops; 1 for small images, 2 at 224 px."""
+    mipc: int = 300
+    """Real images per class that are cropped."""
+    num_crop: int = 5
+    """Crops of each; the most realistic one competes with those of the other images."""
+    selection: Selection = "realism"
+    """Rule that keeps crops of a class; RDED's is realism."""
+    soft_label_temperature: float = 1.0
+    """Temperature of the stored soft labels."""
+    output_dir: str | None = None
+    """Where the distilled dataset goes. Default: <run_dir>/distilled/real-ipc<ipc>."""
+    overwrite: bool = False
+    """Replace an existing distilled dataset."""
+    seed: int = 0
+    """Seed of the images drawn and of their crops."""
+    mixed_precision: Precision | None = None
+    """Autocast precision. Default: what `accelerate launch` was given, otherwise bf16 where the hardware is fast at
+    it."""
+    dry_run: bool = False
+    """Say what would happen and stop."""
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     """Train students on a distilled dataset and score them on the real test images, next to baselines."""
 
@@ -391,7 +438,7 @@ RANGES: dict[str, tuple[float, float]] = {
         "unet_channels", "unet_layers_per_block", "train_batch_size", "max_train_steps", "gradient_accumulation_steps",
         "fid_num_inference_steps", "log_every", "num_inference_steps", "observer_epochs", "observer_batch_size",
         "observer_input_size", "checkpointing_steps", "checkpoints_total_limit", "candidates_per_image",
-        "sample_batch_size", "repeats", "epochs",
+        "sample_batch_size", "repeats", "epochs", "factor", "mipc", "num_crop",
     )},
     **{name: (0, math.inf) for name in (
         "vae_train_steps", "vae_kl_weight", "vae_perceptual_weight", "vae_equivariance_weight",

@@ -155,4 +155,4 @@ def test_the_list_of_commands_is_the_help(capsys: pytest.CaptureFixture[str]) ->
     listed = capsys.readouterr().out
     assert all(name in listed for name in cli.COMMANDS)
     assert cli.main(["distil"]) == 2
-    assert "distil: unknown command; one of train, observer, sample, evaluate" in capsys.readouterr().err
+    assert "distil: unknown command; one of train, observer, sample, distill, evaluate" in capsys.readouterr().err

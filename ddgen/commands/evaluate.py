@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ddgen.commands.runs import (
+    data_of_run,
     find_run,
     load_on_all,
     observer_dir,
     random_generated_path,
-    read_run_config,
     start_accelerator,
 )
-from ddgen.config import (
-    DataConfig,
-    EvaluateConfig,
-)
+from ddgen.config import EvaluateConfig
 from ddgen.distill.dataset import DistilledDataset, update_results
 from ddgen.errors import UserError
 from ddgen.evaluation.evaluate import evaluate as evaluate_students
@@ -35,7 +31,7 @@ def evaluate(config: EvaluateConfig) -> int:
     if accelerator.num_processes > 1:
         raise UserError(f"evaluate.py runs in one process, not {accelerator.num_processes}: start it with python")
     distilled = DistilledDataset.load(distilled_dir)
-    data = _evaluation_data(config, run_dir)
+    data = data_of_run(config.data, run_dir)
     train_images, test_images = (load_on_all(accelerator, data, split) for split in ("train", "test"))
     source = config.observer or (observer_dir(run_dir) if run_dir is not None else None)
     observer = Observer.load(source, distilled.class_names) if source is not None else None
@@ -102,14 +98,6 @@ def _evaluation_dir(config: EvaluateConfig, run_dir: Path | None, distilled_dir:
     if (output_dir / "results.json").exists() and not config.overwrite:
         raise UserError(f"--output_dir {output_dir}: has results already; give another, or --overwrite to replace them")
     return output_dir
-
-
-def _evaluation_data(config: EvaluateConfig, run_dir: Path | None) -> DataConfig:
-    """The run's data settings, under those that were given."""
-    if run_dir is None:
-        return config.data
-    given = {name: value for name, value in vars(config.data).items() if value != getattr(DataConfig(), name)}
-    return replace(read_run_config(run_dir).data, **given)
 
 
 def _default_students(observer: Observer | None) -> tuple[str, ...]:

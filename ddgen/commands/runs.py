@@ -8,6 +8,7 @@ import platform
 import shlex
 import sys
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
@@ -192,6 +193,14 @@ def read_run_config(run_dir: Path) -> TrainConfig:
     if not path.is_file():
         raise UserError(f"--run_dir {run_dir}: config.yaml is missing; give a folder that train_ldm.py wrote")
     return from_flat_dict(TrainConfig, read_yaml(path), str(path))
+
+
+def data_of_run(given: DataConfig, run_dir: Path | None) -> DataConfig:
+    """Returns a run's data settings, under those that were given."""
+    if run_dir is None:
+        return given
+    changed = {name: value for name, value in vars(given).items() if value != getattr(DataConfig(), name)}
+    return replace(read_run_config(run_dir).data, **changed)
 
 
 def held_out_accuracy(observer: Observer, data: DataConfig, accelerator: Accelerator, precision: str) -> float:

@@ -29,6 +29,7 @@ class CardFacts:
         probability: Mean probability the observer gives to an image's class.
         agreement: Part of the images whose most probable class is their label, 0..1.
         num_bytes: What is stored -> bytes.
+        has_selection_picture: Whether selection.png is there.
     """
 
     provenance: Mapping[str, Any]
@@ -40,6 +41,7 @@ class CardFacts:
     probability: float
     agreement: float
     num_bytes: Mapping[str, int]
+    has_selection_picture: bool = False
 
 
 def render_card(facts: CardFacts) -> str:
@@ -49,6 +51,7 @@ def render_card(facts: CardFacts) -> str:
         _loading(facts),
         "## Results\n\n" + _results_block(NOT_EVALUATED),
         _recipe(facts),
+        *_selection(facts),
         _bytes(facts),
         _classes(facts),
         _licence(facts),
@@ -91,7 +94,7 @@ def _header(facts: CardFacts) -> str:
         **_hub_licence(str(facts.provenance.get("licence") or "")),
         "task_categories": ["image-classification"],
         "size_categories": [next((name for limit, name in sizes if count < limit), "1M<n<10M")],
-        "tags": ["dataset-distillation", "synthetic", "ddgen"],
+        "tags": ["dataset-distillation", *([] if _is_real(facts) else ["synthetic"]), "ddgen"],
         "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*.parquet"}]}],
     }
     return f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True, width=1000)}---\n"
@@ -109,15 +112,15 @@ def _introduction(facts: CardFacts) -> str:
     height, width = facts.image_size
     real = facts.provenance.get("num_source_images")
     stand_in = f" They stand in for {real:,} real ones." if real else ""
+    kind = "distilled" if _is_real(facts) else "generated"
     return "\n".join(
         [
             f"# {_source(facts)}, distilled to {_per_class(facts)} images per class",
             "",
-            f"**{facts.num_images:,} generated images** of {len(facts.class_names):,} "
+            f"**{facts.num_images:,} {kind} images** of {len(facts.class_names):,} "
             f"{'class' if len(facts.class_names) == 1 else 'classes'}, {width} x {height} pixels, small enough to "
             f"train a classifier on in minutes.{stand_in}",
-            f"{_maker(facts)} generated many candidates; an observer, a classifier trained on the real images, "
-            "kept the most realistic of each class and gave each a soft label.",
+            _origin(facts),
             f"It recognises {facts.agreement:.1%} of the kept images as their class, "
             f"with {facts.probability:.1%} probability on average.",
             "",
@@ -126,11 +129,31 @@ def _introduction(facts: CardFacts) -> str:
     )
 
 
+def _origin(facts: CardFacts) -> str:
+    rule = (facts.provenance.get("selection") or {}).get("rule", "realism")
+    kept = "kept the most realistic of each class" if rule == "realism" else f"chose by the rule {rule}"
+    if not _is_real(facts):
+        return (
+            f"{_maker(facts)} generated many candidates; an observer, a classifier trained on the real images, "
+            f"{kept} and gave each a soft label."
+        )
+    factor = facts.provenance.get("factor", 1)
+    each = "Each is a crop of a real image" if factor == 1 else f"Each shows {factor**2} crops of real images"
+    return (
+        f"{each} (RDED, Sun et al., CVPR 2024). Of many crops an observer, a classifier trained on the real images, "
+        f"{kept} and gave each image a soft label."
+    )
+
+
 def _maker(facts: CardFacts) -> str:
     foreign = facts.provenance.get("foreign_generator")
     if foreign:
         return f"The diffusers pipeline {_inline(foreign['source'])}, which was not trained for this dataset,"
     return "A latent diffusion model trained on the real images"
+
+
+def _is_real(facts: CardFacts) -> bool:
+    return facts.provenance.get("source") == "real"
 
 
 def _loading(facts: CardFacts) -> str:
@@ -158,8 +181,17 @@ image, label = images[0]
 soft_label = soft_labels[0].float()
 ```
 
-`realism` is the observer's loss, -log p(class): lower is more realistic. `seed` and `index` name the candidate: with
-them the generator makes the same image again. `manifest.json` holds the sha256 of every file."""
+`realism` is the observer's loss, -log p(class): lower is more realistic. {_numbering(facts)}
+`manifest.json` holds the sha256 of every file."""
+
+
+def _numbering(facts: CardFacts) -> str:
+    if _is_real(facts):
+        return (
+            "`index` numbers the crop, or the\n"
+            "first of a grid, within its class: image times crops per image plus crop."
+        )
+    return "`seed` and `index` name the candidate: with\nthem the generator makes the same image again."
 
 
 def _recipe(facts: CardFacts) -> str:
@@ -168,6 +200,33 @@ def _recipe(facts: CardFacts) -> str:
     table = "\n".join(["| setting | value |", "|---|---|", *lines]) if lines else "Not recorded."
     command = facts.provenance.get("command") or "not recorded"
     return f"## Recipe\n\n{table}\n\nMade with\n\n```\n{command}\n```"
+
+
+def _selection(facts: CardFacts) -> list[str]:
+    """What the rule did, where it was measured."""
+    found = facts.provenance.get("selection") or {}
+    if "table" not in found:
+        return []
+    lines = [
+        "| images | mean realism loss | class named | feature distance | coverage |",
+        "|---|--:|--:|--:|--:|",
+        *(
+            f"| {name} | {_figure(row['loss'], '.3f')} | {_figure(row['class_named'], '.1%')} "
+            f"| {_figure(row['distance'], '.2f')} | {_figure(row['coverage'], '.1%')} |"
+            for name, row in found["table"].items()
+        ),
+    ]
+    text = (
+        f"Rule: `{found['rule']}`. Distance: mean over pairs of a class in the observer's features. Coverage: part of "
+        f"the real images' neighbourhoods that hold an image (Naeem et al., 2020), in {found['compared_classes']:,} "
+        "classes; it grows with the number of images, so as many at random stand beside."
+    )
+    picture = ["", "![Losses and features of what was kept](selection.png)"] if facts.has_selection_picture else []
+    return ["\n".join(["## Selection", "", *lines, "", text, *picture])]
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
 
 
 def _bytes(facts: CardFacts) -> str:
@@ -204,6 +263,8 @@ def _licence(facts: CardFacts) -> str:
             f"## Licence\n\nThe images come from {_inline(foreign['source'])}, whose licence is: {foreign['licence']}. "
             f"A classifier trained on {_source(facts)} chose and labelled them; licence of that source: {licence}."
         )
+    if _is_real(facts):
+        return f"## Licence\n\nThe images are pieces of images of {_source(facts)}. Licence of that source: {licence}."
     return (
         f"## Licence\n\nThe images come from a model that was trained on {_source(facts)}. Licence of that source: "
         f"{licence}. Generated images can resemble real ones: treat them as derived from the source."

@@ -51,8 +51,10 @@ class DistilledDataset:
         seeds: Seed of each candidate, int64 (n,).
         indices: Number of each candidate within its class, int64 (n,).
         class_names: Names of the k classes in label order.
-        provenance: JSON values. The card shows `dataset`, `licence`, `command`, `num_source_images` and `recipe`
-            (setting -> value); whatever else is there goes into the manifest.
+        provenance: JSON values. The card shows `dataset`, `licence`, `command`, `num_source_images`, `recipe`
+            (setting -> value) and `selection` (see `SelectionReport.to_dict`); `source` is "real" where the images
+            are crops of real ones; `factor` is the number of patches along a side of an image, 1 if missing.
+            Whatever else is there goes into the manifest.
     """
 
     pixels: torch.Tensor
@@ -91,6 +93,11 @@ class DistilledDataset:
         """Images per class: the largest, should classes differ."""
         return int(self.labels.bincount().max())
 
+    @property
+    def factor(self) -> int:
+        """Patches along a side of an image."""
+        return int(self.provenance.get("factor", 1))
+
     @cached_property
     def png_images(self) -> tuple[bytes, ...]:
         """The images as they are stored: lossless PNG files."""
@@ -106,12 +113,15 @@ class DistilledDataset:
         """Bytes of the soft labels as stored, without the file's header."""
         return self.soft_labels.numel() * self.soft_labels.element_size()
 
-    def save(self, path: Path, *, overwrite: bool = False, progress: bool = False) -> None:
+    def save(
+        self, path: Path, *, overwrite: bool = False, selection_png: bytes | None = None, progress: bool = False
+    ) -> None:
         """Writes the folder, whole or not at all.
 
         Args:
             path: The folder to create.
             overwrite: Replace an existing distilled dataset, which stays whole until the new one is.
+            selection_png: Picture of what the selection rule did, to go with it and into the card.
             progress: Show a bar while the images are encoded.
 
         Raises:
@@ -131,6 +141,8 @@ class DistilledDataset:
             write_bytes(root / SOFT_LABELS_PATH, save({"soft_labels": self.soft_labels.cpu().contiguous()}))
             write_json(root / "class_names.json", list(self.class_names))
             write_bytes(root / "preview.png", self._preview_png())
+            if selection_png is not None:
+                write_bytes(root / "selection.png", selection_png)
             facts = self._facts(root, folders)
             write_bytes(root / "README.md", render_card(facts).encode())
             self._write_manifest(root, facts)
@@ -190,7 +202,8 @@ class DistilledDataset:
         pq.write_table(table, path, row_group_size=1000)
 
     def _preview_png(self) -> bytes:
-        title = f"{self.provenance.get('dataset') or 'Distilled dataset'}: {self.ipc} generated images per class"
+        made = "generated images" if self.provenance.get("source") != "real" else "images made of real ones"
+        title = f"{self.provenance.get('dataset') or 'Distilled dataset'}: {self.ipc} {made} per class"
         picture = draw_preview(self.pixels, self.labels, self.realism, self._recognised(), self.class_names, title)
         return _png_bytes(picture)
 
@@ -208,6 +221,7 @@ class DistilledDataset:
             image_size=(self.pixels.shape[2], self.pixels.shape[3]),
             probability=float(torch.exp(-self.realism.double()).mean()),
             agreement=float(self._recognised().double().mean()),
+            has_selection_picture=(root / "selection.png").is_file(),
             num_bytes={
                 "images (PNG, lossless)": self.image_bytes,
                 "soft labels (float16)": self.soft_label_bytes,

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ddgen.distill.compose import cell_edges
+
 _RATIO = (3 / 4, 4 / 3)
 _ATTEMPTS = 10
 # PCA of ImageNet's colours (Krizhevsky et al., 2012, section 4.1).
@@ -75,8 +77,7 @@ def random_flip(images: Tensor, rng: np.random.Generator) -> Tensor:
 
 def shuffle_patches(images: Tensor, factor: int, rng: np.random.Generator) -> Tensor:
     """Shuffles the columns, then the rows, of the factor x factor grid that each image (b, c, s, s) is made of."""
-    size = images.shape[-1]
-    edges = [i * (size // factor) for i in range(factor)] + [size]
+    edges = cell_edges(images.shape[-1], factor)
     spans = [np.arange(edges[i], edges[i + 1]) for i in range(factor)]
     out = []
     for image in images:

@@ -34,10 +34,14 @@ CELL_FORMAT = 1  # raise it when the same settings would give another number
 
 @dataclass(frozen=True)
 class _Source:
-    """Images for the students of one row; `draw(repeat)` returns pixels (n, 3, s, s) and labels (n,)."""
+    """Images for the students of one row; `draw(repeat)` returns pixels (n, 3, s, s) and labels (n,).
+
+    Images made of factor x factor patches are augmented as such; those of the other rows are whole.
+    """
 
     name: str
     draw: Callable[[int], tuple[Tensor, Tensor]]
+    factor: int = 1
 
 
 @dataclass(frozen=True)
@@ -148,7 +152,7 @@ def _sources(
     seed: int,
 ) -> list[_Source]:
     """Returns the images of every kind of row; a class too small for the random real ones is found now."""
-    sources = [_Source("distilled", lambda repeat: (distilled.pixels, distilled.labels))]
+    sources = [_Source("distilled", lambda repeat: (distilled.pixels, distilled.labels), distilled.factor)]
     if random_generated is not None:
         sources.append(_Source("random generated", lambda repeat: random_generated))
     sources.append(_Source("random real", lambda repeat: random_real(train, ipc, derive(seed, "repeat", repeat))))
@@ -280,6 +284,8 @@ def _cell(
     """Trains one student, or takes the number of the same student trained before."""
     images, labels = source.draw(repeat)
     key = _cell_key(images, labels, recipe, student, repeat, setting)
+    if source.factor > 1:
+        key["factor"] = source.factor
     path = setting.cells_dir / f"{_digest(json.dumps(key, sort_keys=True).encode())}.json"
     done = _read_cell(path)
     if done is not None:
@@ -304,6 +310,7 @@ def _cell(
         precision=setting.precision,
         seed=derive(setting.seed, "repeat", repeat),
         epochs=setting.epochs,
+        factor=source.factor,
         flip=setting.flip,
         on_epoch=on_epoch,
     )

@@ -7,16 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ddgen.observer.supports import COVERAGE_NEIGHBOURS, ROWS, radii
 from ddgen.seeds import torch_generator
 
 PRECISION_NEIGHBOURS = 3
-DENSITY_NEIGHBOURS = 5
-FEWEST = DENSITY_NEIGHBOURS + 1  # points among which a point has that many neighbours
+FEWEST = COVERAGE_NEIGHBOURS + 1  # points among which a point has that many neighbours
 COPY_NEIGHBOURS = 50
 COPY_LEVEL = 0.01  # part of real images that pass for copies
 CALIBRATION_IMAGES = 2_000
 PROJECTED_DIMENSIONS = 256
-ROWS = 500  # distances held at once, times the number of the other images
 
 
 def compare_supports(real: Tensor, generated: Tensor) -> dict[str, float]:
@@ -35,8 +34,8 @@ def compare_supports(real: Tensor, generated: Tensor) -> dict[str, float]:
     """
     centre = real.mean(dim=0)  # distances are taken from products, which lose digits far from the origin
     real, generated = real - centre, generated - centre
-    near, far = PRECISION_NEIGHBOURS, DENSITY_NEIGHBOURS
-    real_radii, generated_radii = _radii(real, (near, far)), _radii(generated, (near,))
+    near, far = PRECISION_NEIGHBOURS, COVERAGE_NEIGHBOURS
+    real_radii, generated_radii = radii(real, (near, far)), radii(generated, (near,))
     plausible, inside = 0, 0
     reached = torch.zeros(len(real), dtype=torch.bool)
     covered = torch.zeros(len(real), dtype=torch.bool)
@@ -54,16 +53,6 @@ def compare_supports(real: Tensor, generated: Tensor) -> dict[str, float]:
         "density": inside / (far * len(generated)),
         "coverage": int(covered.sum()) / len(real),
     }
-
-
-def _radii(points: Tensor, neighbours: tuple[int, ...]) -> Tensor:
-    """Returns every point's distance to its k-th nearest other point, (n, len(neighbours))."""
-    radii = []
-    for start in range(0, len(points), ROWS):
-        distances = torch.cdist(points[start : start + ROWS], points)
-        nearest = distances.topk(max(neighbours) + 1, dim=1, largest=False).values  # the first is the point itself
-        radii.append(nearest[:, list(neighbours)])
-    return torch.cat(radii)
 
 
 @dataclass(frozen=True)

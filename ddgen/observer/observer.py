@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,16 +45,20 @@ class TransformersClassifier(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """Returns what the model's last linear layer receives, (b, d)."""
+        return self.outputs(x)[1]
+
+    def outputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the logits (b, k) and what the model's last linear layer receives, (b, d), of one pass."""
         found = last_linear(self.model, self.model.config.num_labels)
         if found is None:
             raise UserError("--observer: the transformers model ends in no linear layer, so it has no features")
         captured: list[Tensor] = []
         hook = found[1].register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0]))
         try:
-            self.model(pixel_values=x)
+            logits: Tensor = self.model(pixel_values=x).logits
         finally:
             hook.remove()
-        return captured[-1].flatten(1)
+        return logits, captured[-1].flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the logits (b, k)."""
@@ -120,6 +125,13 @@ class Observer(nn.Module):
     def features(self, images01: Tensor) -> Tensor:
         """Returns the penultimate features (b, d) of images (b, 3, h, w) in [0, 1]."""
         return self.classifier.features(self.prepare(images01))
+
+    def outputs(self, images01: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns logits (b, k) and penultimate features (b, d) of images (b, 3, h, w) in [0, 1], in one pass."""
+        if isinstance(self.classifier, TransformersClassifier):
+            return self.classifier.outputs(self.prepare(images01))
+        features = self.classifier.features(self.prepare(images01))
+        return self.classifier.head(features), features
 
     @property
     def fingerprint(self) -> str:
@@ -213,23 +225,48 @@ def predict_pixels(
     Returns:
         float32 on the CPU, (n, k) or (n, d).
     """
+    function = observer if what == "logits" else observer.features
+    outputs: list[Tensor] = []
+    with _evaluating(observer, device, precision) as memory_format:
+        # At least one pass, so that no images give (0, k).
+        for start in range(0, max(1, len(pixels)), batch_size):
+            images = to_images01(pixels[start : start + batch_size], device).contiguous(memory_format=memory_format)
+            output = function(images).float()
+            if mirror:
+                output = (output + function(images.flip(-1)).float()) / 2
+            outputs.append(output.cpu())
+    return torch.cat(outputs)
+
+
+def predict_both(
+    observer: Observer, images01: Tensor, *, device: torch.device, precision: str
+) -> tuple[Tensor, Tensor]:
+    """Runs the observer in eval mode once over a batch and returns all that it knows of it.
+
+    Args:
+        observer: Moved to `device`.
+        images01: (b, 3, h, w) in [0, 1].
+        device: Where to compute.
+        precision: See `ddgen.precision`.
+
+    Returns:
+        Logits (b, k) and penultimate features (b, d), float32 on the CPU.
+    """
+    with _evaluating(observer, device, precision) as memory_format:
+        logits, features = observer.outputs(images01.to(device).contiguous(memory_format=memory_format))
+        return logits.float().cpu(), features.float().cpu()
+
+
+@contextmanager
+def _evaluating(observer: Observer, device: torch.device, precision: str) -> Iterator[torch.memory_format]:
+    """Puts the observer on a device in eval mode, without gradients, and gives the memory format that it is fast in."""
     was_training = observer.training
     observer.to(device).eval()
-    function = observer if what == "logits" else observer.features
-    memory_format = torch.channels_last if uses_channels_last(observer, device) else torch.contiguous_format
-    outputs: list[Tensor] = []
     try:
         with torch.inference_mode(), autocast(device, precision):
-            # At least one pass, so that no images give (0, k).
-            for start in range(0, max(1, len(pixels)), batch_size):
-                images = to_images01(pixels[start : start + batch_size], device).contiguous(memory_format=memory_format)
-                output = function(images).float()
-                if mirror:
-                    output = (output + function(images.flip(-1)).float()) / 2
-                outputs.append(output.cpu())
+            yield torch.channels_last if uses_channels_last(observer, device) else torch.contiguous_format
     finally:
         observer.train(was_training)
-    return torch.cat(outputs)
 
 
 def to_images01(pixels: Tensor, device: torch.device) -> Tensor:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from scipy.stats import binom
 from torch import Tensor
@@ -13,7 +14,8 @@ from torch import Tensor
 from ddgen.data import ImageDataset
 from ddgen.data.classes import check_class_order
 from ddgen.errors import UserError
-from ddgen.observer.observer import Observer, predict_pixels
+from ddgen.observer.observer import Observer, predict_both, predict_pixels, to_images01
+from ddgen.seeds import numpy_generator
 
 
 @dataclass(frozen=True)
@@ -24,11 +26,21 @@ class RealismScores:
         loss: float32 (n,), cross-entropy of the true class; lower is more realistic.
         predicted: int64 (n,), the class it names.
         logits: float32 (n, k).
+        features: Penultimate features, float32 (n, d), where they were asked for.
     """
 
     loss: Tensor
     predicted: Tensor
     logits: Tensor
+    features: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.loss)
+
+    def rows(self, index: Tensor) -> RealismScores:
+        """Returns what is said of some of the images, int64 (m,) positions or bool (n,)."""
+        features = None if self.features is None else self.features[index]
+        return RealismScores(self.loss[index], self.predicted[index], self.logits[index], features)
 
 
 def realism_losses(
@@ -48,12 +60,77 @@ def realism_losses(
         UserError: Logits that are not finite.
     """
     logits = predict_pixels(observer, pixels, what="logits", batch_size=batch_size, device=device, precision=precision)
+    return scores_of(logits, labels.cpu(), precision)
+
+
+def realism_scores(
+    observer: Observer, pixels: Tensor, labels: Tensor, *, batch_size: int, device: torch.device, precision: str
+) -> RealismScores:
+    """Scores images like `realism_losses`, and keeps the features of the same pass.
+
+    Args:
+        observer: Moved to `device`.
+        pixels: uint8 (n, 3, h, w), n at least 1.
+        labels: int64 (n,), the classes the images were made for.
+        batch_size: Images per forward pass.
+        device: Where to compute.
+        precision: See `ddgen.precision`.
+
+    Raises:
+        UserError: Logits that are not finite.
+    """
+    parts = [
+        predict_both(observer, to_images01(part, device), device=device, precision=precision)
+        for part in pixels.split(batch_size)
+    ]
+    logits, features = (torch.cat([part[i] for part in parts]) for i in range(2))
+    return scores_of(logits, labels.cpu(), precision, features)
+
+
+def scores_of(logits: Tensor, labels: Tensor, precision: str, features: Tensor | None = None) -> RealismScores:
+    """Turns logits into scores.
+
+    Args:
+        logits: float32 (n, k).
+        labels: int64 (n,).
+        precision: What they were computed in, for the error.
+        features: float32 (n, d), to keep with them.
+
+    Raises:
+        UserError: Logits that are not finite.
+    """
     if not bool(logits.isfinite().all()):
         raise UserError(f"--mixed_precision {precision}: the observer's logits are not finite; use bf16 or no")
-    labels = labels.cpu()
     # log_softmax in float32, not log(softmax): the latter is infinite where the probability underflows.
     loss = -logits.log_softmax(dim=1).gather(1, labels[:, None])[:, 0]
-    return RealismScores(loss=loss, predicted=logits.argmax(dim=1), logits=logits)
+    return RealismScores(loss, logits.argmax(dim=1), logits, features)
+
+
+REAL_IMAGES = 300  # of a class: as many as RDED takes
+
+
+def real_class_scores(
+    observer: Observer, dataset: ImageDataset, label: int, seed: int, *, device: torch.device, precision: str
+) -> RealismScores:
+    """Scores real images of one class, at most `REAL_IMAGES` of them drawn at random, with features.
+
+    Selection rules and reports compare candidates with them. They are training images, which an observer trained on
+    them finds easier than new ones.
+
+    Args:
+        observer: Moved to `device`.
+        dataset: Real images with the observer's classes, of which the class's drawn images alone are read.
+        label: Which class; it must have an image.
+        seed: Of the draw.
+        device: Where to compute.
+        precision: See `ddgen.precision`.
+    """
+    members = (dataset.labels == label).nonzero().flatten()
+    order = numpy_generator(seed, "real class", label).permutation(len(members))[:REAL_IMAGES]
+    drawn = members[torch.from_numpy(np.sort(order))]
+    return realism_scores(
+        observer, dataset.pixels[drawn], dataset.labels[drawn], batch_size=256, device=device, precision=precision
+    )
 
 
 def measure_accuracy(
