@@ -303,7 +303,7 @@ class SampleConfig:
     ipc: int = 10
     """Images per class to keep; 0 keeps all that --budget_seconds allow."""
     candidates_per_image: int | None = None
-    """Candidates generated for every image kept. Default: 4; with --budget_seconds, as many as they allow."""
+    """Candidates generated for every one kept. Default: 4; with --budget_seconds, as many as they allow."""
     budget_seconds: float | None = None
     """Generate candidates for so many seconds, loading not counted, one of each class in turn; a stopped command goes
     on with the seconds that are left. Every process has all of them."""
@@ -327,6 +327,10 @@ class SampleConfig:
     within memory; 256 where the denoiser is compiled, which is for one size."""
     observer: str | None = None
     """Observer folder or hub id. Default: the run's."""
+    selection: Selection = "realism"
+    """Rule that keeps candidates of a class; RDED's is realism."""
+    factor: int = 1
+    """Each image is a grid of factor x factor candidates."""
     soft_label_temperature: float = 1.0
     """Temperature of the stored soft labels."""
     output_dir: str | None = None
@@ -356,7 +360,7 @@ class SampleConfig:
         """Candidates per class; None if time decides."""
         if self.budget_seconds is not None:
             return None
-        return self.ipc * (4 if self.candidates_per_image is None else self.candidates_per_image)
+        return self.ipc * self.factor**2 * (4 if self.candidates_per_image is None else self.candidates_per_image)
 
 
 @dataclass(frozen=True)

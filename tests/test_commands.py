@@ -144,6 +144,17 @@ def test_the_same_sample_command_twice_gives_the_same_bytes(own_run: Path, tmp_p
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
 
 
+def test_sample_keeps_by_a_rule_and_makes_grids(own_run: Path, tmp_path: Path) -> None:
+    rule = ["--ipc", "2", "--factor", "2", "--selection", "diverse-realism", "--output_dir", str(tmp_path / "grids")]
+    assert sample.main(["--run_dir", str(own_run), "--mixed_precision", "no", *rule]) == 0
+    dataset = DistilledDataset.load(tmp_path / "grids")
+    assert dataset.factor == 2 and dataset.pixels.shape == (6, 3, 16, 16)
+    selection = dataset.provenance["selection"]
+    assert selection["rule"] == "diverse-realism" and selection["candidates"] == 3 * 2 * 4 * 4
+    assert selection["images_per_class"] == [8, 8] and 0 <= selection["table"]["kept"]["coverage"] <= 1
+    assert "](selection.png)" in (tmp_path / "grids" / "README.md").read_text()
+
+
 def test_batch_size_does_not_change_the_images(own_run: Path, tmp_path: Path) -> None:
     args = ["--run_dir", str(own_run), "--ipc", "8", "--candidates_per_image", "1", "--mixed_precision", "no"]
     for size in ("8", "32"):

@@ -34,6 +34,7 @@ from ddgen.distill.batching import FIRST_SIZE, BatchSizes, Budget, HostMemory
 from ddgen.distill.filling import fill, keys_in_turn, missing_keys
 from ddgen.distill.pool import CandidatePool, CandidateSource
 from ddgen.distill.progress import LatestCandidates, Watch, seconds_since_start
+from ddgen.distill.selection_report import ClassReport
 from ddgen.distill.streaming import SelectedClass, confusions, is_blank, rejections
 from ddgen.errors import Stopped, UserError
 from ddgen.observer.realism import RealismScores
@@ -117,7 +118,9 @@ def select(folder: Path, source: Source, accelerator: Accelerator | None = None,
 
 def as_bytes(classes: list[SelectedClass]) -> bytes:
     tensors = {f"{label} {item.name}": getattr(found, item.name) for label, found in enumerate(classes)
-               for item in fields(found)}  # fmt: skip
+               for item in fields(found) if item.name != "report"}  # fmt: skip
+    for label, found in enumerate(classes):
+        tensors |= {f"{label} report {name}": tensor for name, tensor in found.report.to_tensors().items()}
     return bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
 
 
@@ -333,7 +336,8 @@ def test_blank_candidates_are_rejected_before_ranking(tmp_path: Path) -> None:
 def test_confusions_name_the_worst_classes_first() -> None:
     def seen(*predicted: int) -> SelectedClass:
         empty = torch.zeros(0)
-        return SelectedClass(*[empty] * 6, torch.zeros(len(predicted)), torch.tensor(predicted))
+        report = ClassReport(0, empty, {}, {})
+        return SelectedClass(*[empty] * 6, torch.zeros(len(predicted)), torch.tensor(predicted), report)
 
     classes = [seen(0, 1, 1, 1), seen(1, 1, 2, 0), seen(2, 1, -1, 1), seen(3, 3, 3, 3), seen(0, 0, 0, 0)]
     assert confusions(classes) == [(4, 0, 1.0), (0, 1, 0.75), (2, 1, 0.5)]

@@ -18,7 +18,7 @@ from ddgen.distill.batching import BatchSizes, Budget, memory_of
 from ddgen.distill.filling import Halt, Key, budget_left, fill, keys_in_turn, missing_keys
 from ddgen.distill.pool import KEEP_NAME, CandidatePool, CandidateSource, remove_if_done, short_hash, tidy
 from ddgen.distill.progress import LatestCandidates, Watch
-from ddgen.distill.streaming import Score, SelectedClass, StreamingSelection
+from ddgen.distill.streaming import RealScores, Score, SelectedClass, StreamingSelection, no_real_images
 from ddgen.errors import Stopped, UserError
 from ddgen.resume import on_main
 from ddgen.timing import Clock
@@ -38,6 +38,7 @@ class Candidates:
         run_dir: Holds the pool.
         accelerator: Device and processes; every one does this.
         clock: Receives the seconds of each stage.
+        real: What the observer says of real images, where the rule or its report looks at them.
         num_made: Candidates that this process has made.
         num_ranked: Candidates that it has ranked.
     """
@@ -49,6 +50,7 @@ class Candidates:
     run_dir: Path
     accelerator: Accelerator
     clock: Clock
+    real: RealScores = no_real_images
     num_made: int = field(default=0, init=False)
     num_ranked: int = field(default=0, init=False)
 
@@ -71,7 +73,10 @@ class Candidates:
             self.pool,
             self.score,
             ipc=self.config.ipc,
-            settings={**self.score_settings, "rule": "lowest realism loss", "count": self.config.num_candidates},
+            settings={**self.score_settings, "count": self.config.num_candidates},
+            rule=self.config.selection,
+            factor=self.config.factor,
+            real=self.real,
             # What time was spent on is kept until every class is ranked: how much there is decides what each may keep.
             keep_candidates=self._kept() or budget,
             exact=not budget,

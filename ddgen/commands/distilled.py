@@ -16,6 +16,7 @@ from ddgen.diffusion.foreign import ForeignGenerator
 from ddgen.distill.dataset import DistilledDataset
 from ddgen.distill.pool import CandidateSource
 from ddgen.distill.relabel import soft_labels
+from ddgen.distill.selection_report import SelectionReport
 from ddgen.distill.streaming import SelectedClass, rejections
 from ddgen.observer.observer import Observer
 from ddgen.timing import Clock
@@ -40,14 +41,14 @@ def build_dataset(
         observer: What ranked them.
         precision: Resolved.
     """
-    labels = torch.cat([torch.full((len(found.index),), label) for label, found in enumerate(classes)])
+    labels = torch.cat([torch.full((len(found.loss),), label) for label, found in enumerate(classes)])
     return DistilledDataset(
         pixels=torch.cat([found.pixels for found in classes]),
         labels=labels,
         soft_labels=soft_labels(torch.cat([found.logits for found in classes]), config.soft_label_temperature),
         realism=torch.cat([found.loss for found in classes]),
         seeds=torch.full((len(labels),), config.seed),
-        indices=torch.cat([found.index for found in classes]),
+        indices=torch.cat([found.index[: len(found.loss)] for found in classes]),
         class_names=source.class_names,
         provenance={
             **_source_facts(run_dir),
@@ -56,7 +57,8 @@ def build_dataset(
             "candidates": source.settings(),
             "foreign_generator": source.credit() if isinstance(source, ForeignGenerator) else None,
             "observer_fingerprint": observer.fingerprint,
-            "selection": selection_facts(classes),
+            "factor": config.factor,
+            "selection": selection_report(config, source, classes).to_dict() | selection_facts(config, classes),
             "recipe": _recipe(config, source, classes, run_dir, observer, precision),
         },
     )
@@ -67,7 +69,14 @@ def random_generated(classes: Sequence[SelectedClass], labels: Tensor) -> dict[s
     return {"pixels": torch.cat([found.random for found in classes]), "labels": labels.contiguous()}
 
 
-def selection_facts(classes: Sequence[SelectedClass]) -> dict[str, Any]:
+def selection_report(
+    config: SampleConfig, source: CandidateSource, classes: Sequence[SelectedClass]
+) -> SelectionReport:
+    """Returns what the rule did to all classes."""
+    return SelectionReport(config.selection, source.class_names, [found.report for found in classes])
+
+
+def selection_facts(config: SampleConfig, classes: Sequence[SelectedClass]) -> dict[str, Any]:
     """Returns what selection did, as JSON; means over the pool are means of the classes' means."""
     named_kept = torch.cat([found.predicted == label for label, found in enumerate(classes)])
     return {
@@ -78,7 +87,7 @@ def selection_facts(classes: Sequence[SelectedClass]) -> dict[str, Any]:
             [(found.all_predicted == label).double().mean().item() for label, found in enumerate(classes)]
         ),
         "class_named_kept": named_kept.double().mean().item(),
-        "rejected": rejections(classes),
+        "rejected": rejections(classes, config.selection),
     }
 
 
@@ -92,9 +101,9 @@ def kept_line(dataset: DistilledDataset) -> str:
     )
 
 
-def rejected_line(classes: Sequence[SelectedClass]) -> str:
+def rejected_line(config: SampleConfig, classes: Sequence[SelectedClass]) -> str:
     """Says how many candidates were rejected and why."""
-    reasons = rejections(classes)
+    reasons = rejections(classes, config.selection)
     text = "; ".join(f"{reason}: {count:,}" for reason, count in reasons.items())
     return f"rejected {sum(reasons.values()):,}: {text}"
 
@@ -129,9 +138,12 @@ def _recipe(
         per_class += f", as many as {config.budget_seconds:g} s allowed"
     optim = read_run_config(run_dir).optimizer
     own = {"generator training": f"{optim.max_train_steps} steps of {optim.train_batch_size}"}
-    rule = "lowest realism loss of the observer (RDED)" if config.ipc else "none: every candidate is kept"
+    rule: str = config.selection if config.ipc else "none: every candidate is kept"
+    if rule == "realism":
+        rule = "lowest realism loss of the observer (RDED)"
     return {
         "images per class": config.ipc or "all candidates",
+        **({"candidates along a side of an image": config.factor} if config.factor > 1 else {}),
         "candidates per class": per_class,
         "selection": rule,
         **source.describe(),

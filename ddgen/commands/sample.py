@@ -11,11 +11,19 @@ from safetensors.torch import save
 
 from ddgen.checkpoint import write_bytes
 from ddgen.commands.candidates import PREVIEW_NAME, Candidates, cuda_wait
-from ddgen.commands.distilled import build_dataset, kept_line, random_generated, rejected_line, time_line
+from ddgen.commands.distilled import (
+    build_dataset,
+    kept_line,
+    random_generated,
+    rejected_line,
+    selection_report,
+    time_line,
+)
 from ddgen.commands.generators import candidate_source, check_probe, probe_classes
 from ddgen.commands.runs import (
     find_run,
     held_out_accuracy,
+    load_on_all,
     observer_dir,
     random_generated_path,
     read_run_config,
@@ -23,12 +31,14 @@ from ddgen.commands.runs import (
 )
 from ddgen.config import SampleConfig
 from ddgen.distill.pool import CandidateSource
-from ddgen.distill.streaming import confusions
+from ddgen.distill.select import selection_needs
+from ddgen.distill.selection_report import compared_classes
+from ddgen.distill.streaming import RealScores, confusions, no_real_images
 from ddgen.errors import Stopped, UserError
 from ddgen.hardware import device_name, number_format
 from ddgen.observer.inference import batch_size_of, for_inference
 from ddgen.observer.observer import Observer
-from ddgen.observer.realism import check_observer, realism_losses
+from ddgen.observer.realism import RealismScores, check_observer, real_class_scores, realism_scores
 from ddgen.resume import on_main
 from ddgen.stopping import stop_at_once
 from ddgen.timing import Clock
@@ -73,12 +83,13 @@ def _sample(config: SampleConfig, run_dir: Path, output_dir: Path, accelerator: 
             config=config,
             source=source,
             score=partial(
-                realism_losses,
+                realism_scores,
                 for_inference(observer, device),
                 batch_size=batch_size_of(device),
                 device=device,
                 precision=precision,
             ),
+            real=_real_scores(config, run_dir, observer, accelerator, precision),
             score_settings={"observer": observer.fingerprint, "precision": precision, "device": device.type},
             run_dir=run_dir,
             accelerator=accelerator,
@@ -108,6 +119,33 @@ def _observer(
         observer.accuracy = held_out_accuracy(observer, read_run_config(run_dir).data, accelerator, precision)
     check_observer(observer, source.class_names)
     return observer.to(accelerator.device)
+
+
+def _real_scores(
+    config: SampleConfig, run_dir: Path, observer: Observer, accelerator: Accelerator, precision: str
+) -> RealScores:
+    """Returns what scores the real images of the classes that the rule or its report looks at.
+
+    Raises:
+        UserError: The rule needs real images, and the run's are not there.
+    """
+    data = read_run_config(run_dir).data
+    try:
+        dataset = load_on_all(accelerator, data, "train")
+    except UserError as error:
+        if selection_needs(config.selection).real:
+            raise
+        accelerator.print(f"{'coverage':<12}not measured, without the real images: {error}")
+        return no_real_images
+    compared = set(compared_classes(config.selection, dataset.num_classes))
+
+    def scores(label: int) -> RealismScores | None:
+        if label not in compared:
+            return None
+        device = accelerator.device
+        return real_class_scores(observer, dataset, label, config.seed, device=device, precision=precision)
+
+    return scores
 
 
 def _first_lines(work: Candidates, observer: Observer, output_dir: Path, precision: str) -> dict[str, str]:
@@ -146,14 +184,16 @@ def _finish(work: Candidates, counts: list[int], observer: Observer, output_dir:
     facts: dict[str, Any] = {"run_dir": work.run_dir, "observer": observer, "precision": precision}
     dataset = build_dataset(config, work.source, classes, **facts)
     with work.clock("writing"):
-        dataset.save(output_dir, overwrite=config.overwrite, progress=True)
+        report = selection_report(config, work.source, classes)
+        dataset.save(output_dir, overwrite=config.overwrite, selection_png=report.draw(), progress=True)
         baseline = random_generated(classes, dataset.labels)
         write_bytes(random_generated_path(work.run_dir, output_dir), save(baseline))
     left = work.finish(counts)
     if min(counts) < config.ipc:
         say(f"{min(counts):,} candidates of a class are fewer than --ipc {config.ipc}: all are kept")
     say(kept_line(dataset))
-    say(rejected_line(classes))
+    say("\n".join(report.lines()))
+    say(rejected_line(config, classes))
     for label, other, part in confusions(classes):
         say(f"{part:.0%} of the candidates of {names[label]!r} are {names[other]!r} to the observer: check the classes")
     made = {"sampling": work.num_made, "decoding": work.num_made, "ranking": work.num_ranked, "writing": len(dataset)}
@@ -162,4 +202,5 @@ def _finish(work: Candidates, counts: list[int], observer: Observer, output_dir:
         say(f"candidates:        {left}")
     say(f"distilled dataset: {output_dir}")
     say(f"preview:           {output_dir / 'preview.png'}")
+    say(f"selection:         {output_dir / 'selection.png'}")
     say("next:              python evaluate.py")

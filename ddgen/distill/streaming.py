@@ -15,16 +15,29 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ddgen.checkpoint import remove_dir, write_bytes, write_json
+from ddgen.config import Selection
+from ddgen.distill.compose import compose
 from ddgen.distill.pool import CandidatePool, short_hash
-from ddgen.distill.select import select_most_realistic, select_random
+from ddgen.distill.select import Candidates, select, select_random
+from ddgen.distill.selection_report import ClassReport, report_class
 from ddgen.errors import UserError
 from ddgen.observer.realism import RealismScores
 
 CHUNK = 256
 """Candidates that are read and scored together: a fixed number, so that scores depend on nothing else."""
 
+REPORT = "report."
+"""Begins the names of a report's tensors in a class's file."""
+
 Score = Callable[[Tensor, Tensor], RealismScores]
-"""Pixels uint8 (m, 3, h, w) and labels int64 (m,) in, what the observer says of them out."""
+"""Pixels uint8 (m, 3, h, w) and labels int64 (m,) in, what the observer says of them out, with features."""
+
+RealScores = Callable[[int], RealismScores | None]
+"""Label in, what the observer says of real images of the class out, None where nobody has to know."""
+
+
+def no_real_images(label: int) -> None:
+    """Compares with no real images."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +46,14 @@ class SelectedClass:
 
     Attributes:
         pixels: Kept images, best first, uint8 (n, 3, h, w).
-        index: Their numbers, int64 (n,).
+        index: Numbers of the candidates in them, the first cells' first, int64 (n * factor ** 2,).
         loss: Their realism losses, float32 (n,).
         predicted: The class the observer names for each, int64 (n,).
         logits: Its logits, float32 (n, k).
         random: As many candidates drawn at random, uint8 (n, 3, h, w).
         all_loss: Losses of all m candidates, float32 (m,); nan for one that shows nothing.
         all_predicted: Classes that the observer names, int64 (m,); -1 for one that shows nothing.
+        report: What the rule did.
     """
 
     pixels: Tensor
@@ -50,6 +64,7 @@ class SelectedClass:
     random: Tensor
     all_loss: Tensor
     all_predicted: Tensor
+    report: ClassReport
 
     @property
     def blank(self) -> Tensor:
@@ -66,6 +81,9 @@ class StreamingSelection:
         ipc: Images to keep of each class; 0 keeps all that show something.
         settings: Everything else that the choice depends on, as JSON values; it names the folder.
         keep_candidates: Leave a class's candidates in the pool once it is ranked.
+        rule: What keeps the candidates of a class.
+        factor: Images are grids of factor x factor candidates.
+        real: Scores of real images, for the rules that need them and for the report.
         exact: Whether each class must have `ipc` candidates to choose from; otherwise fewer are all kept.
     """
 
@@ -76,12 +94,16 @@ class StreamingSelection:
         *,
         ipc: int,
         settings: Mapping[str, Any],
+        rule: Selection = "realism",
+        factor: int = 1,
+        real: RealScores = no_real_images,
         keep_candidates: bool = False,
         exact: bool = True,
     ) -> None:
         self.pool, self.score, self.ipc = pool, score, ipc
+        self.rule, self.factor, self.real = rule, factor, real
         self.keep_candidates, self.exact = keep_candidates, exact
-        identity = {"ipc": ipc, "exact": exact, **settings}
+        identity = {"ipc": ipc, "exact": exact, "rule": rule, "factor": factor, **settings}
         self.directory = pool.directory / f"selected-{short_hash(identity)}"
         self.identity = identity
 
@@ -102,20 +124,27 @@ class StreamingSelection:
         Raises:
             UserError: Too few of them show something.
         """
-        loss, predicted, logits = self._score_all(label, count)
-        valid = (predicted >= 0).nonzero().flatten()
+        valid, scores = self._score_all(label, count)
         num_kept = self._num_kept(label, count, len(valid))
-        kept = valid[select_most_realistic(loss[valid], num_kept, valid)]
+        candidates = Candidates(scores, valid, label, self.pool.seed, self.real(label))
+        positions = select(self.rule, candidates, num_kept * self.factor**2)
+        kept = valid[positions]
+        pixels = compose(self.pool.read(label, kept), self.factor, self.pool.image_size)
+        # a grid is another image than its cells
+        own = scores.rows(positions) if self.factor == 1 else self.score(pixels, torch.full((num_kept,), label))
+        loss, predicted = torch.full((count,), float("nan")), torch.full((count,), -1)
+        loss[valid], predicted[valid] = scores.loss, scores.predicted
         drawn = select_random(count, num_kept, self.pool.seed, label)
         selected = SelectedClass(
-            pixels=self.pool.read(label, kept),
+            pixels=pixels,
             index=kept,
-            loss=loss[kept],
-            predicted=predicted[kept],
-            logits=logits[kept],
+            loss=own.loss,
+            predicted=own.predicted,
+            logits=own.logits,
             random=self.pool.read(label, drawn),
             all_loss=loss,
             all_predicted=predicted,
+            report=report_class(candidates, positions),
         )
         self._write(label, selected)
         self.release(label, count)
@@ -139,7 +168,9 @@ class StreamingSelection:
                 tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
             if facts != self._facts(label, count) | {"checksum": _checksum(tensors)}:
                 raise ValueError("it is not what was written")
-            return SelectedClass(**tensors)
+            names = [name for name in tensors if name.startswith(REPORT)]
+            report = ClassReport.from_tensors(label, {name.removeprefix(REPORT): tensors.pop(name) for name in names})
+            return SelectedClass(**tensors, report=report)
         except Exception as error:  # safetensors raises its own type, and OSError
             raise UserError(f"{path}: unreadable ({error}); delete it and sample again") from None
 
@@ -148,26 +179,33 @@ class StreamingSelection:
         if self.directory.is_dir():
             remove_dir(self.directory)
 
-    def _score_all(self, label: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns losses (m,), predictions (m,) and logits (m, k) of a class, read chunk by chunk."""
-        k = len(self.pool.class_names)
-        loss, predicted = torch.full((count,), float("nan")), torch.full((count,), -1)
-        logits = torch.zeros(count, k)
+    def _score_all(self, label: int, count: int) -> tuple[Tensor, RealismScores]:
+        """Returns which candidates of a class show something, int64 (v,), and their scores, read chunk by chunk."""
+        valid, parts = [torch.zeros(0, dtype=torch.int64)], []
         for chunk in torch.arange(count).split(CHUNK):
             pixels = self.pool.read(label, chunk)
             shown = ~is_blank(pixels)
-            if not shown.any():
-                continue
-            scores = self.score(pixels[shown], torch.full((int(shown.sum()),), label))
-            where = chunk[shown]
-            loss[where], predicted[where], logits[where] = scores.loss, scores.predicted, scores.logits
-        return loss, predicted, logits
+            if shown.any():
+                parts.append(self.score(pixels[shown], torch.full((int(shown.sum()),), label)))
+                valid.append(chunk[shown])
+        if not parts:
+            self._num_kept(label, count, 0)  # which is an error
+        features = [part.features for part in parts if part.features is not None]
+        scores = RealismScores(
+            torch.cat([part.loss for part in parts]),
+            torch.cat([part.predicted for part in parts]),
+            torch.cat([part.logits for part in parts]),
+            torch.cat(features) if features else None,
+        )
+        return torch.cat(valid), scores
 
     def _num_kept(self, label: int, count: int, num_valid: int) -> int:
-        if num_valid >= max(self.ipc, 1):
-            return self.ipc or num_valid
-        if num_valid and not self.exact:
-            return num_valid
+        """Returns how many images, each of factor ** 2 candidates, a class is to have."""
+        possible = num_valid // self.factor**2
+        if possible >= max(self.ipc, 1):
+            return self.ipc or possible
+        if possible and not self.exact:
+            return possible
         blank = f" ({count - num_valid:,} are blank)" if num_valid < count else ""
         raise UserError(
             f"--ipc {self.ipc}: class {self.pool.class_names[label]!r} has only {num_valid:,} of {count:,} candidates"
@@ -183,7 +221,9 @@ class StreamingSelection:
     def _write(self, label: int, selected: SelectedClass) -> None:
         if not (self.directory / "selection.json").is_file():
             write_json(self.directory / "selection.json", self.identity)
-        tensors = {item.name: getattr(selected, item.name).contiguous() for item in fields(selected)}
+        tensors = {item.name: getattr(selected, item.name) for item in fields(selected) if item.name != "report"}
+        tensors |= {f"{REPORT}{name}": found for name, found in selected.report.to_tensors().items()}
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         facts = self._facts(label, len(selected.all_loss)) | {"checksum": _checksum(tensors)}
         # one entry, since the order of several would not be fixed
         write_bytes(self._path(label), save(tensors, {"facts": json.dumps(facts)}))
@@ -195,15 +235,16 @@ def is_blank(pixels: Tensor) -> Tensor:
     return (pixels == first).flatten(1).all(1)
 
 
-def rejections(classes: Sequence[SelectedClass]) -> dict[str, int]:
+def rejections(classes: Sequence[SelectedClass], rule: Selection = "realism") -> dict[str, int]:
     """Returns reason -> how many candidates were rejected for it."""
-    reasons = {"the observer names another class": 0, "less realistic than those kept": 0, "blank": 0}
+    passed_over = "less realistic than those kept" if rule == "realism" else f"not chosen by {rule}"
+    reasons = {"the observer names another class": 0, passed_over: 0, "blank": 0}
     for label, found in enumerate(classes):
         rejected = torch.ones(len(found.all_loss), dtype=torch.bool)
         rejected[found.index] = False
         named = found.all_predicted == label
         reasons["the observer names another class"] += int((rejected & ~named & ~found.blank).sum())
-        reasons["less realistic than those kept"] += int((rejected & named).sum())
+        reasons[passed_over] += int((rejected & named).sum())
         reasons["blank"] += int(found.blank.sum())
     return reasons
 
