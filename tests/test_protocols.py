@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from ddgen.errors import UserError
-from ddgen.evaluation.protocols import HARD, RDED, get_protocol
+from ddgen.evaluation.protocol_files import get_protocol
+from ddgen.evaluation.protocols import HARD, RDED
 
 
 def test_rded_hyper_parameters() -> None:
@@ -13,7 +14,7 @@ def test_rded_hyper_parameters() -> None:
     assert (RDED.betas, RDED.weight_decay, RDED.decay_vectors) == ((0.9, 0.999), 0.01, False)
     assert (RDED.temperature, RDED.cutmix_alpha) == (20.0, 1.0)
     assert (RDED.color_jitter, RDED.lighting_std, RDED.test_resize) == (0.0, 0.0, True)
-    assert [RDED.epochs(ipc) for ipc in (1, 10, 50, 100)] == [300] * 4
+    assert [RDED.epochs(ipc, dataset="cifar10", network="convnet3") for ipc in (1, 10, 50, 100)] == [300] * 4
 
 
 @pytest.mark.parametrize(
@@ -77,7 +78,7 @@ def test_hard_hyper_parameters() -> None:
     assert HARD.batch_size(10, 10, dataset="cifar10", network="resnet18") == 64
     assert HARD.batch_size(1, 10, dataset="cifar10", network="resnet18") == 10
     epochs = {1: 3000, 2: 2000, 10: 2000, 11: 1500, 50: 1500, 51: 1000, 200: 1000, 201: 500, 500: 500, 501: 300}
-    assert {ipc: HARD.epochs(ipc) for ipc in epochs} == epochs
+    assert {ipc: HARD.epochs(ipc, dataset="cifar10", network="convnet3") for ipc in epochs} == epochs
 
 
 def test_hard_schedule_steps_at_two_thirds_and_five_sixths() -> None:
@@ -89,5 +90,5 @@ def test_hard_schedule_steps_at_two_thirds_and_five_sixths() -> None:
 
 
 def test_unknown_protocol() -> None:
-    with pytest.raises(UserError, match="--protocols sofft: unknown; choose among rded, hard"):
+    with pytest.raises(UserError, match="--protocols sofft: unknown; choose among rded, hard, eccv2024-track1"):
         get_protocol("sofft")

@@ -37,11 +37,13 @@ class TrainingImages:
         pixels: uint8 (n, 3, s, s).
         labels: int64 (n,).
         soft_labels: Probabilities (n, k) that belong to the images, for recipes with stored labels.
+        factor: Images are grids of factor x factor patches.
     """
 
     pixels: Tensor
     labels: Tensor
     soft_labels: Tensor | None = None
+    factor: int = 1
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -49,7 +51,7 @@ class TrainingImages:
     def to(self, device: torch.device) -> TrainingImages:
         """Returns the same on a device."""
         soft = None if self.soft_labels is None else self.soft_labels.to(device)
-        return TrainingImages(self.pixels.to(device), self.labels.to(device), soft)
+        return TrainingImages(self.pixels.to(device), self.labels.to(device), soft, self.factor)
 
 
 @dataclass(frozen=True)
@@ -59,13 +61,11 @@ class Look:
     Attributes:
         mean: Per channel, of pixels in [0, 1].
         std: Per channel, of pixels in [0, 1].
-        factor: Images are grids of factor x factor patches.
         flip: Whether a mirrored image is still of its class.
     """
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    factor: int = 1
     flip: bool = True
 
 
@@ -101,13 +101,11 @@ def stream(
         rng = numpy_generator(seed, "student", "epoch", epoch)
         order = torch.from_numpy(rng.permutation(len(images))).to(images.pixels.device)
         for indices in order.split(batch_size):
-            batch = augment(to_images01(images.pixels[indices], images.pixels.device), protocol, look, rng)
-            yield _mix(batch, images, indices, protocol, rng)
+            batch = to_images01(images.pixels[indices], images.pixels.device)
+            yield _mix(augment(batch, protocol, look, images.factor, rng), images, indices, protocol, rng)
 
 
-def _mix(
-    batch: Tensor, images: TrainingImages, indices: Tensor, protocol: Protocol, rng: np.random.Generator
-) -> Batch:
+def _mix(batch: Tensor, images: TrainingImages, indices: Tensor, protocol: Protocol, rng: np.random.Generator) -> Batch:
     labels = images.labels[indices]
     soft = None if images.soft_labels is None else images.soft_labels[indices].float()
     if not protocol.cutmix_alpha:
@@ -119,11 +117,11 @@ def _mix(
     return Batch(mixed, labels, labels[paste], own, soft)
 
 
-def augment(images: Tensor, protocol: Protocol, look: Look, rng: np.random.Generator) -> Tensor:
-    """Augments images (b, 3, s, s) in [0, 1] one by one, before they are mixed."""
-    if look.factor > 1:
-        images = shuffle_patches(images, look.factor, rng)
-    scale = protocol.crop_scale(look.factor)
+def augment(images: Tensor, protocol: Protocol, look: Look, factor: int, rng: np.random.Generator) -> Tensor:
+    """Augments images (b, 3, s, s) in [0, 1], grids of factor x factor patches, before they are mixed."""
+    if factor > 1:
+        images = shuffle_patches(images, factor, rng)
+    scale = protocol.crop_scale(factor)
     if scale[0] < 1.0:  # of area one only the whole image fits
         images = resized_crop(images, draw_crops(rng, len(images), images.shape[-1], scale))
     if look.flip and protocol.flip:

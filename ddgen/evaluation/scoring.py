@@ -85,10 +85,10 @@ def score(
 def _scores(confusion: Tensor, among_five: int) -> Scores:
     total, right = int(confusion.sum()), confusion.diagonal()
     num_classes = len(confusion)
-    recall = right / confusion.sum(1).clamp(min=1)
+    recall = right.double() / confusion.sum(1).clamp(min=1)
     rows = tuple(map(tuple, confusion.tolist())) if num_classes <= MAX_CONFUSION_CLASSES else None
     top5 = among_five / total if num_classes > 5 else None
-    return Scores(int(right.sum()) / total, top5, tuple(recall.double().tolist()), rows)
+    return Scores(int(right.sum()) / total, top5, tuple(recall.tolist()), rows)
 
 
 def enlarge_and_crop(images: Tensor) -> Tensor:

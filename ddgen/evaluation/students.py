@@ -69,7 +69,7 @@ class Job:
         precision: "no", "bf16" or "fp16".
         seed: Of initial weights, order and augmentation.
         epochs: Instead of the protocol's.
-        look: Normalisation, patches, and whether images may be mirrored.
+        look: Normalisation, and whether images may be mirrored.
     """
 
     network: str
@@ -213,9 +213,9 @@ class Learner:
     def begin_epoch(self, epoch: int) -> None:
         """Sets the learning rate of an epoch, counted from 0, and makes the optimizer anew where the recipe does."""
         job, protocol = self.job, self.job.protocol
-        if protocol.fresh_optimizer and epoch:
-            if protocol.steps_before(epoch, job.num_epochs) > protocol.steps_before(epoch - 1, job.num_epochs):
-                self.optimizer = make_optimizer(self.student, protocol, job.peak_learning_rate)
+        steps = [protocol.steps_before(at, job.num_epochs) for at in (epoch - 1, epoch)]
+        if protocol.fresh_optimizer and steps[1] > steps[0]:
+            self.optimizer = make_optimizer(self.student, protocol, job.peak_learning_rate)
         set_learning_rate(self.optimizer, protocol.learning_rate_at(epoch, job.num_epochs, job.peak_learning_rate))
 
     def step(self, batch: Batch) -> Tensor:
