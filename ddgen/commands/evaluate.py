@@ -26,6 +26,7 @@ from ddgen.evaluation.evaluate import Request
 from ddgen.evaluation.evaluate import evaluate as evaluate_students
 from ddgen.evaluation.protocol_files import get_protocol
 from ddgen.evaluation.report import format_table
+from ddgen.memory import keep_freed_memory
 from ddgen.observer.observer import Observer
 
 
@@ -36,6 +37,8 @@ def evaluate(config: EvaluateConfig) -> int:
     accelerator, precision = start_accelerator(config.mixed_precision)
     if accelerator.num_processes > 1:
         raise UserError(f"evaluate.py runs in one process, not {accelerator.num_processes}: start it with python")
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     distilled = DistilledDataset.load(distilled_dir)
     data = _evaluation_data(config, run_dir)
     train_images, test_images = (load_on_all(accelerator, data, split) for split in ("train", "test"))

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torchvision import models
 from torchvision.models.swin_transformer import SwinTransformer
+from torchvision.models.vgg import cfgs, make_layers
 from torchvision.models.vision_transformer import VisionTransformer
 
 Norm = Literal["batch", "instance", "none"]
@@ -86,12 +87,16 @@ def vgg11(num_classes: int, image_size: int, norm: Norm) -> nn.Module:
 
     Its three linear layers hold 93 % of the parameters and stretch what is left of 32 px, one pixel, to 7 x 7.
     """
-    build = models.vgg11 if norm == "none" else models.vgg11_bn
-    network = replace_batch_norm(build(weights=None, num_classes=num_classes), norm)
-    if image_size < SMALL_BELOW:
-        network.avgpool = nn.AdaptiveAvgPool2d(1)
-        network.classifier = nn.Linear(512, num_classes)
-    return network
+    if image_size >= SMALL_BELOW:
+        build = models.vgg11 if norm == "none" else models.vgg11_bn
+        return replace_batch_norm(build(weights=None, num_classes=num_classes), norm)
+    features = make_layers(cfgs["A"], batch_norm=norm != "none")
+    for module in features:
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(module.bias)
+    replace_batch_norm(features, norm)
+    return nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, num_classes))
 
 
 def resnet_ap10(num_classes: int, image_size: int, norm: Norm) -> nn.Module:
