@@ -180,15 +180,9 @@ def test_without_augmentation_only_augmentation_differs() -> None:
     assert plain.name == "hard-plain" and plain.crop_scale(2) == (1.0, 1.0)
     assert (plain.cutmix_alpha, plain.flip, plain.color_jitter, plain.lighting_std, plain.dsa) == (0, False, 0, 0, ())
     back = replace(
-        plain,
-        name="hard",
-        title=HARD.title,
-        cutmix_alpha=1.0,
-        flip=True,
-        color_jitter=0.4,
+        plain, name="hard", title=HARD.title, cutmix_alpha=1.0, flip=True, min_crop=0.5, color_jitter=0.4,
         lighting_std=0.1,
-        min_crop=0.5,
-    )
+    )  # fmt: skip
     assert back == HARD
 
 
@@ -253,5 +247,5 @@ def test_missing_file_and_missing_keys(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^--protocols .*none.yaml: No such file"):
         get_protocol(str(tmp_path / "none.yaml"))
     (tmp_path / "few.yaml").write_text("name: few\nlabels: hard\n")
-    with pytest.raises(UserError, match="title, source, norm, optimizer, .* not stated"):
+    with pytest.raises(UserError, match=r"title, source, norm, optimizer, .* not stated"):
         get_protocol(str(tmp_path / "few.yaml"))
