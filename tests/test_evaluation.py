@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from evaluation_cases import CPU, colour_observer, colours
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
@@ -31,21 +32,11 @@ from ddgen.evaluation.students import Job, StudentResult, train_student
 from ddgen.observer.networks import build_network
 from ddgen.observer.observer import Observer
 
-CPU = torch.device("cpu")
-SIZE, CLASSES = 8, ("red", "green", "blue")
+SIZE = 8
 
 
 def rng(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
-
-
-def colours(per_class: int, split: str, class_names: tuple[str, ...] = CLASSES) -> ImageDataset:
-    """An easy dataset: the class is the brightest channel."""
-    generator = torch.Generator().manual_seed(len(split) + per_class)
-    labels = torch.arange(len(class_names)).repeat_interleave(per_class)
-    pixels = torch.randint(0, 120, (len(labels), 3, SIZE, SIZE), generator=generator, dtype=torch.uint8)
-    pixels[torch.arange(len(labels)), labels] += 110
-    return ImageDataset(pixels, labels, class_names, "colours", split, f"{split}{per_class}", {}, "CC0")
 
 
 def distilled_from(dataset: ImageDataset, ipc: int) -> DistilledDataset:
@@ -64,28 +55,7 @@ def distilled_from(dataset: ImageDataset, ipc: int) -> DistilledDataset:
 
 @pytest.fixture(scope="module")
 def teacher() -> Observer:
-    """Its logits are the mean of each channel: it is right on `colours` without training."""
-    network = build_network("convnet1", 3, SIZE, width=3)
-    convolution, norm = network.body[0], network.body[1]
-    with torch.no_grad():
-        convolution.weight.zero_()
-        for channel in range(3):
-            convolution.weight[channel, channel, 1, 1] = 1.0
-        network.head.weight.zero_()
-        for channel in range(3):
-            network.head.weight[channel].view(3, -1)[channel] = 20.0 / (SIZE // 2) ** 2
-        network.head.bias.zero_()
-        convolution.bias.zero_()
-        norm.running_mean.zero_()
-    return Observer(
-        network,
-        network="convnet1",
-        class_names=CLASSES,
-        input_size=SIZE,
-        mean=(0.0, 0.0, 0.0),
-        std=(1.0, 1.0, 1.0),
-        accuracy=1.0,
-    ).eval()
+    return colour_observer()
 
 
 def train(protocol: Protocol, teacher: Observer | None, **changes: Any) -> StudentResult:

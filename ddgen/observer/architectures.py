@@ -94,6 +94,7 @@ def vgg11(num_classes: int, image_size: int, norm: Norm) -> nn.Module:
     for module in features:
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            assert module.bias is not None
             nn.init.zeros_(module.bias)
     replace_batch_norm(features, norm)
     return nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, num_classes))
