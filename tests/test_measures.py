@@ -124,9 +124,8 @@ def test_dd_ranking_takes_the_rows_that_are_there() -> None:
 
 def test_scores_by_hand() -> None:
     """A network that always names class 0 first, then 1, 2, ...: top-5 holds the first five classes."""
-    test = replace(
-        colours(2, "test", tuple("abcdefg")), labels=torch.tensor([0, 0, 1, 2, 3, 4, 5, 6, 6, 6, 0, 1, 2, 3])
-    )
+    pixels, labels = torch.zeros(14, 3, 8, 8).byte(), torch.tensor([0, 0, 1, 2, 3, 4, 5, 6, 6, 6, 0, 1, 2, 3])
+    test = replace(colours(2, "test"), pixels=pixels, labels=labels, class_names=tuple("abcdefg"))
 
     class Constant(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
