@@ -42,8 +42,8 @@ from ddgen.distill.select import select_most_realistic, select_random
 from ddgen.errors import UserError
 from ddgen.evaluation.extractors import choose_extractor
 from ddgen.evaluation.monitor import DistanceMonitor
-from ddgen.evaluation.protocols import get_protocol
-from ddgen.evaluation.students import train_student
+from ddgen.evaluation.protocol_files import get_protocol
+from ddgen.evaluation.students import IMAGENET_LOOK, Job, TrainingImages, train_student
 from ddgen.observer.observer import Observer
 from ddgen.observer.realism import realism_losses
 
@@ -217,9 +217,11 @@ def _students(bench: Bench, pixels: Tensor, labels: Tensor) -> Result:
         rows = torch.cat(parts)
         found[f"student_{rule}"] = [
             train_student(
-                "convnet3", get_protocol("rded"), pixels[rows], labels[rows], num_classes=classes, ipc=settings.ipc,
-                test=bench.test, teacher=bench.observer, device=bench.monitor.device, precision=bench.precision,
-                seed=repeat, epochs=settings.epochs, flip=bench.flip,
+                Job(
+                    "convnet3", get_protocol("rded"), TrainingImages(pixels[rows], labels[rows]), classes, settings.ipc,
+                    bench.test, [bench.observer], bench.monitor.device, bench.precision, seed=repeat,
+                    epochs=settings.epochs, look=replace(IMAGENET_LOOK, flip=bench.flip),
+                )
             ).accuracy_last
             for repeat in range(settings.repeats)
         ]  # fmt: skip

@@ -409,17 +409,31 @@ class EvaluateConfig:
     """Which of the run's distilled datasets. Default: the newest."""
     distilled_dir: str | None = None
     """A distilled dataset anywhere, instead of the run's."""
+    rounds: tuple[str, ...] = ()
+    """Distilled datasets of further rounds of the generator, which eccv2024-track2 asks for (two): student 2 trains on
+    the first of them, and so on."""
     data: DataConfig = field(default_factory=DataConfig)
     students: tuple[str, ...] | None = None
-    """Student networks: convnet<d>, resnet18. Default: the observer's, if it is one of these, otherwise convnet3."""
-    protocols: tuple[Literal["rded", "hard"], ...] = ("rded", "hard")
-    """Recipes to train students with."""
+    """Student networks: convnet<d> or convnet<d>w<width>, resnet18, resnet50, resnet_ap10, vgg11, mobilenet_v2,
+    efficientnet_b0, vit, swin, torchvision:<name>, or transformers:<folder or hub id of a config>. Default: the
+    protocol's, otherwise the observer's, if it is one that ddgen builds, otherwise convnet3."""
+    protocols: tuple[str, ...] = ("rded", "hard")
+    """Recipes to train students with: rded, hard, eccv2024-track1, eccv2024-track2, strong, fixed-soft, one of these
+    with -plain (no augmentation), or a YAML file (configs/protocols/example.yaml)."""
+    baselines: tuple[Literal["random-generated", "random-real", "herding", "k-center"], ...] = (
+        "random-generated", "random-real",
+    )  # fmt: skip
+    """What the distilled images are compared with, as many of every class; herding and k-center choose real images by
+    the first observer's features."""
+    with_full: bool = False
+    """Also train a student on all real images, 30 epochs at most."""
     repeats: int = 3
     """Students per row, each with its own seed."""
     epochs: int | None = None
     """Epochs instead of the protocol's; the report says so."""
-    observer: str | None = None
-    """Teacher of the soft protocol. Default: the run's observer."""
+    observer: tuple[str, ...] | None = None
+    """Teachers of soft protocols, folders or hub ids: one after another, observers against students; `strong` takes
+    the mean of all. Default: the run's observer."""
     output_dir: str | None = None
     """Where results go. Default: <run_dir>/evaluation/ipc<ipc>."""
     overwrite: bool = False
@@ -491,8 +505,12 @@ _Loader.add_implicit_resolver(
 )
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Reads a flat YAML file of settings.
+def read_yaml(path: str | Path, *, setting: str = "--config") -> dict[str, Any]:
+    """Reads a YAML file of settings.
+
+    Args:
+        path: The file.
+        setting: The flag that an error names.
 
     Raises:
         UserError: The file is missing, not YAML, or not a mapping.
@@ -500,15 +518,15 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror or error}; give the path of a YAML file") from None
+        raise UserError(f"{setting} {path}: {error.strerror or error}; give the path of a YAML file") from None
     except UnicodeDecodeError:
-        raise UserError(f"--config {path}: not text; give the path of a YAML file") from None
+        raise UserError(f"{setting} {path}: not text; give the path of a YAML file") from None
     except yaml.YAMLError as error:
-        raise UserError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{setting} {path}: not YAML: {' '.join(str(error).split())}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise UserError(f"--config {path}: expected lines `setting: value`")
+        raise UserError(f"{setting} {path}: expected lines `setting: value`")
     return values
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from evaluation_cases import CPU, colour_observer, colours
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
@@ -19,31 +20,23 @@ from torchvision.transforms import RandomResizedCrop
 from ddgen.data.dataset import ImageDataset
 from ddgen.distill.dataset import DistilledDataset
 from ddgen.errors import UserError
-from ddgen.evaluation import augment, students
-from ddgen.evaluation import evaluate as evaluation
+from ddgen.evaluation import augment, batches, cells, scoring, students
 from ddgen.evaluation.baselines import random_real
-from ddgen.evaluation.evaluate import evaluate
+from ddgen.evaluation.batches import TrainingImages
+from ddgen.evaluation.evaluate import Request, evaluate
+from ddgen.evaluation.figure import draw_accuracy
 from ddgen.evaluation.protocols import HARD, RDED, Protocol
-from ddgen.evaluation.report import Results, Row, draw_accuracy, format_bytes, format_table, write_results
-from ddgen.evaluation.students import StudentResult, train_student
+from ddgen.evaluation.report import Results, format_bytes, format_table, write_results
+from ddgen.evaluation.rows import Row
+from ddgen.evaluation.students import Job, StudentResult, train_student
 from ddgen.observer.networks import build_network
 from ddgen.observer.observer import Observer
 
-CPU = torch.device("cpu")
-SIZE, CLASSES = 8, ("red", "green", "blue")
+SIZE = 8
 
 
 def rng(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
-
-
-def colours(per_class: int, split: str, class_names: tuple[str, ...] = CLASSES) -> ImageDataset:
-    """An easy dataset: the class is the brightest channel."""
-    generator = torch.Generator().manual_seed(len(split) + per_class)
-    labels = torch.arange(len(class_names)).repeat_interleave(per_class)
-    pixels = torch.randint(0, 120, (len(labels), 3, SIZE, SIZE), generator=generator, dtype=torch.uint8)
-    pixels[torch.arange(len(labels)), labels] += 110
-    return ImageDataset(pixels, labels, class_names, "colours", split, f"{split}{per_class}", {}, "CC0")
 
 
 def distilled_from(dataset: ImageDataset, ipc: int) -> DistilledDataset:
@@ -62,37 +55,20 @@ def distilled_from(dataset: ImageDataset, ipc: int) -> DistilledDataset:
 
 @pytest.fixture(scope="module")
 def teacher() -> Observer:
-    """Its logits are the mean of each channel: it is right on `colours` without training."""
-    network = build_network("convnet1", 3, SIZE, width=3)
-    convolution, norm = network.body[0], network.body[1]
-    with torch.no_grad():
-        convolution.weight.zero_()
-        for channel in range(3):
-            convolution.weight[channel, channel, 1, 1] = 1.0
-        network.head.weight.zero_()
-        for channel in range(3):
-            network.head.weight[channel].view(3, -1)[channel] = 20.0 / (SIZE // 2) ** 2
-        network.head.bias.zero_()
-        convolution.bias.zero_()
-        norm.running_mean.zero_()
-    return Observer(
-        network,
-        network="convnet1",
-        class_names=CLASSES,
-        input_size=SIZE,
-        mean=(0.0, 0.0, 0.0),
-        std=(1.0, 1.0, 1.0),
-        accuracy=1.0,
-    ).eval()
+    return colour_observer()
 
 
 def train(protocol: Protocol, teacher: Observer | None, **changes: Any) -> StudentResult:
-    images, labels = random_real(colours(12, "train"), 4, seed=0)
+    return train_student(job(protocol, teacher, **changes))
+
+
+def job(protocol: Protocol, teacher: Observer | None, **changes: Any) -> Job:
     settings: dict[str, Any] = {
-        "num_classes": 3, "ipc": 4, "test": colours(20, "test"), "teacher": teacher, "device": CPU,
-        "precision": "no", "seed": 0, "epochs": 10,
+        "network": "convnet1", "protocol": protocol, "num_classes": 3, "ipc": 4, "device": CPU, "precision": "no",
+        "images": TrainingImages(*random_real(colours(12, "train"), 4, seed=0)), "test": colours(20, "test"),
+        "teachers": () if teacher is None else (teacher,), "seed": 0, "epochs": 10,
     }  # fmt: skip
-    return train_student("convnet1", protocol, images, labels, **{**settings, **changes})
+    return Job(**{**settings, **changes})
 
 
 # --- augmentation -----------------------------------------------------------------------------------------
@@ -216,9 +192,9 @@ def test_only_rded_spares_vectors_from_decay() -> None:
 def test_test_images_are_enlarged_and_cropped() -> None:
     image = torch.rand(1, 3, 64, 64)
     expected = F.interpolate(image, size=(72, 72), mode="bilinear", antialias=True)[:, :, 4:68, 4:68]
-    torch.testing.assert_close(students.enlarge_and_crop(image), expected)
+    torch.testing.assert_close(scoring.enlarge_and_crop(image), expected)
     small = torch.rand(1, 3, 32, 32)  # 32 // 7 * 8 = 32
-    assert students.enlarge_and_crop(small) is small
+    assert scoring.enlarge_and_crop(small) is small
 
 
 @pytest.mark.parametrize(
@@ -230,7 +206,7 @@ def test_test_images_are_enlarged_and_cropped() -> None:
     ],
 )
 def test_scored_epochs_end_with_the_last(epochs: int, num_images: int, num_test: int, expected: list[int]) -> None:
-    assert students.scored_epochs(epochs, num_images, num_test) == expected
+    assert scoring.scored_epochs(epochs, num_images, num_test) == expected
 
 
 # --- students ---------------------------------------------------------------------------------------------
@@ -276,9 +252,9 @@ def test_batch_norm_statistics_move_once_a_step(teacher: Observer, monkeypatch: 
 
 
 def test_teacher_labels_each_mixed_batch_as_if_alone(teacher: Observer) -> None:
-    images, labels = random_real(colours(12, "train"), 4, seed=0)
-    stream = list(students._stream(images, labels, RDED, 2, 5, 0, 1, True))
-    labelled = list(students._with_teacher(iter(stream), teacher, CPU, "no"))
+    images = TrainingImages(*random_real(colours(12, "train"), 4, seed=0))
+    stream = list(batches.stream(images, RDED, 2, 5, 0, students.IMAGENET_LOOK))
+    labelled = list(batches.with_teachers(iter(stream), [teacher], CPU, "no"))
     assert [len(batch.images) for batch in labelled] == [5, 5, 2] * 2
     for batch in labelled:
         assert batch.teacher_logits is not None
@@ -290,7 +266,8 @@ def test_images_are_mirrored_only_if_asked(teacher: Observer) -> None:
     images[..., 0] = 255
     plain = replace(RDED, cutmix_alpha=1e-4)  # boxes of next to no area, or of all of it
     for flip, sides in ((True, 2), (False, 1)):
-        stream = students._stream(images, torch.arange(6), plain, 5, 6, 0, 1, flip)
+        look = replace(students.IMAGENET_LOOK, flip=flip)
+        stream = batches.stream(TrainingImages(images, torch.arange(6)), plain, 5, 6, 0, look)
         assert len({int(image[0, 0].argmax()) for batch in stream for image in batch.images}) == sides
 
 
@@ -349,11 +326,12 @@ def test_class_smaller_than_ipc() -> None:
 def run(output_dir: Path, teacher: Observer | None, **changes: Any) -> Results:
     train_set = colours(12, "train")
     settings: dict[str, Any] = {
-        "distilled": distilled_from(train_set, 4), "train": train_set, "test": colours(20, "test"),
-        "observer": teacher, "students": ("convnet1",), "protocols": ("rded", "hard"), "repeats": 2, "epochs": 3,
-        "seed": 0, "device": CPU, "precision": "no", "output_dir": output_dir, "progress": False,
+        "rounds": [distilled_from(train_set, 4)], "train": train_set, "test": colours(20, "test"),
+        "observers": [teacher], "students": ("convnet1",), "protocols": ("rded", "hard"), "repeats": 2, "epochs": 3,
+        "baselines": ("random-generated", "random-real"), "seed": 0, "device": CPU, "precision": "no",
+        "output_dir": output_dir, "progress": False,
     }  # fmt: skip
-    return evaluate(**{**settings, **changes})
+    return evaluate(Request(**{**settings, **changes}))
 
 
 def generated() -> tuple[Tensor, Tensor]:
@@ -368,7 +346,7 @@ def test_evaluate_writes_rows_that_add_up(tmp_path: Path, teacher: Observer) -> 
         for protocol in ("rded", "hard")
         for images in ("distilled", "random generated", "random real")
     ]
-    assert (results.ipc, results.num_test, results.teacher, results.teacher_accuracy) == (4, 60, "convnet1", 1.0)
+    assert (results.ipc, results.num_test, results.teachers) == (4, 60, (("convnet1", 1.0),))
     assert all(len(row.scores) == 2 and row.epochs == 3 for row in results.rows)
     weights = sum(value.numel() * value.element_size() for value in teacher.state_dict().values())
     assert results.rows[0].label_bytes == weights and results.rows[-1].label_bytes == 12
@@ -382,7 +360,7 @@ def test_evaluate_writes_rows_that_add_up(tmp_path: Path, teacher: Observer) -> 
 
 def test_second_call_trains_nothing(tmp_path: Path, teacher: Observer, monkeypatch: pytest.MonkeyPatch) -> None:
     first = run(tmp_path, teacher)
-    monkeypatch.setattr(evaluation, "train_student", lambda *args, **kwargs: pytest.fail("trained again"))
+    monkeypatch.setattr(cells, "train_student", lambda *args, **kwargs: pytest.fail("trained again"))
     assert run(tmp_path, teacher) == first
 
 
@@ -392,11 +370,11 @@ def test_interrupted_evaluation_goes_on(tmp_path: Path, teacher: Observer, monke
     def counted(*args: Any, **kwargs: Any) -> StudentResult:
         if len(calls) == 3:
             raise KeyboardInterrupt
-        calls.append(args[0])
+        calls.append(args[0].network)
         return train_student(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "train_student", counted)
+        patch.setattr(cells, "train_student", counted)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "a", teacher)
     assert len(list((tmp_path / "a" / "cells").glob("*.json"))) == 3
@@ -423,21 +401,21 @@ def test_another_setting_is_another_cell(tmp_path: Path, teacher: Observer, chan
         ({"protocols": ("soft",)}, "--protocols soft: unknown"),
         ({"repeats": 0}, "--repeats 0: must be at least 1"),
         ({"epochs": 0}, "--epochs 0: must be at least 1"),
-        ({"observer": None}, "--protocols rded: soft labels need a teacher"),
+        ({"observers": []}, "--protocols rded: soft labels need a teacher"),
         ({"random_generated": (torch.zeros(3, 3, 8, 8).byte(), torch.arange(3))}, "differ in number or size"),
     ],
 )  # fmt: skip
 def test_refused_before_any_training(
     tmp_path: Path, teacher: Observer, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
 ) -> None:
-    monkeypatch.setattr(evaluation, "train_student", lambda *args, **kwargs: pytest.fail("trained"))
+    monkeypatch.setattr(cells, "train_student", lambda *args, **kwargs: pytest.fail("trained"))
     with pytest.raises(UserError) as error:
         run(tmp_path, teacher, **changes)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_observer_with_another_class_order(tmp_path: Path, teacher: Observer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation, "train_student", lambda *args, **kwargs: pytest.fail("trained"))
+    monkeypatch.setattr(cells, "train_student", lambda *args, **kwargs: pytest.fail("trained"))
     monkeypatch.setattr(teacher, "class_names", ("blue", "green", "red"))
     with pytest.raises(UserError, match="class 0 is 'red' in the distilled dataset but 'blue' in the observer"):
         run(tmp_path, teacher)
@@ -467,7 +445,10 @@ def results(epochs_override: int | None = 60, repeats: int = 3) -> Results:
         row("random generated", "hard", 0.803, 0.822, 0.811),
         row("random real", "hard", 0.842, 0.853, 0.829),
     )
-    return Results(rows, "digits", 10, 359, 32, 10, repeats, 0, epochs_override, True, "convnet3", 0.986, "bf16", "cpu")
+    return Results(
+        rows, "digits", 10, 359, 32, 10, 100, repeats, 0, epochs_override, True, (("convnet3", 0.986),), (RDED, HARD),
+        "bf16", "cpu",
+    )  # fmt: skip
 
 
 def test_table_states_what_must_be_known() -> None:

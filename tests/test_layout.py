@@ -9,8 +9,10 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "ddgen"
 ORDER = ["data", "autoencoder", "diffusion", "observer", "distill", "evaluation"]
-SHARED = {"config", "seeds", "errors", "checkpoint", "precision", "grids", "hardware", "resume", "sharding", "stopping"}
-SHARED |= {"timing"}
+SHARED = {
+    "config", "seeds", "errors", "checkpoint", "precision", "grids", "hardware", "memory", "resume", "sharding",
+    "stopping", "timing",
+}  # fmt: skip
 TOP = {"commands", "cli", "launch", "__main__"}
 FORBIDDEN = {("observer", "diffusion"), ("observer", "autoencoder")}
 

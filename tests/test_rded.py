@@ -23,8 +23,9 @@ from ddgen.distill.rded import RankedCrops, crop, draw_boxes, pad_to, plan_crops
 from ddgen.distill.select import select_random
 from ddgen.errors import UserError
 from ddgen.evaluation.augment import shuffle_patches
+from ddgen.evaluation.evaluate import Request
 from ddgen.evaluation.evaluate import evaluate as evaluate_students
-from ddgen.evaluation.students import StudentResult
+from ddgen.evaluation.students import Job, StudentResult, train_student
 from ddgen.observer.networks import Classifier
 from ddgen.observer.observer import Observer, predict_both, predict_pixels, to_images01
 from ddgen.observer.realism import REAL_IMAGES, real_class_scores, realism_losses, realism_scores
@@ -313,11 +314,11 @@ def test_students_shuffle_the_cells_that_were_composed(size: int, factor: int) -
 def test_evaluation_trains_grids_as_grids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     factors: list[int] = []
 
-    def student(*_: object, **settings: Any) -> StudentResult:
-        factors.append(settings["factor"])
-        return StudentResult(0.5, 0.5, ((1, 0.5),), 1, 0.0, 1.0)
+    def student(job: Job, *args: Any, **settings: Any) -> StudentResult:
+        factors.append(job.images.factor)
+        return train_student(job, *args, **settings)
 
-    monkeypatch.setattr("ddgen.evaluation.evaluate.train_student", student)
+    monkeypatch.setattr("ddgen.evaluation.cells.train_student", student)
     data, labels = dataset((4, 4, 4)), torch.arange(3).repeat_interleave(2)
     for factor in (1, 2, 2):
         distilled = DistilledDataset(
@@ -331,8 +332,11 @@ def test_evaluation_trains_grids_as_grids(tmp_path: Path, monkeypatch: pytest.Mo
             provenance={"factor": factor} if factor > 1 else {},
         )
         evaluate_students(
-            distilled, data, data, observer=None, students=["convnet2"], protocols=["hard"], repeats=1, epochs=1,
-            seed=0, device=CPU, precision="no", output_dir=tmp_path, progress=False,
+            Request(
+                rounds=[distilled], train=data, test=data, observers=[], students=["convnet2"], protocols=["hard"],
+                baselines=["random-real"], repeats=1, epochs=1, seed=0, device=CPU, precision="no",
+                output_dir=tmp_path, progress=False,
+            )
         )  # fmt: skip
     # distilled and random real; the latter is known by the second time, and all by the third
     assert factors == [1, 1, 2]

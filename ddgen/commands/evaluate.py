@@ -18,8 +18,11 @@ from ddgen.commands.runs import (
 from ddgen.config import EvaluateConfig
 from ddgen.distill.dataset import DistilledDataset, update_results
 from ddgen.errors import UserError
+from ddgen.evaluation.evaluate import Request
 from ddgen.evaluation.evaluate import evaluate as evaluate_students
+from ddgen.evaluation.protocol_files import get_protocol
 from ddgen.evaluation.report import format_table
+from ddgen.memory import keep_freed_memory
 from ddgen.observer.observer import Observer
 
 
@@ -30,32 +33,44 @@ def evaluate(config: EvaluateConfig) -> int:
     accelerator, precision = start_accelerator(config.mixed_precision)
     if accelerator.num_processes > 1:
         raise UserError(f"evaluate.py runs in one process, not {accelerator.num_processes}: start it with python")
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     distilled = DistilledDataset.load(distilled_dir)
     data = data_of_run(config.data, run_dir)
     train_images, test_images = (load_on_all(accelerator, data, split) for split in ("train", "test"))
-    source = config.observer or (observer_dir(run_dir) if run_dir is not None else None)
-    observer = Observer.load(source, distilled.class_names) if source is not None else None
-    students = config.students or _default_students(observer)
+    own = () if run_dir is None else (observer_dir(run_dir),)
+    observers = [Observer.load(source, distilled.class_names) for source in config.observer or own]
+    default_student = _default_student(observers)
+    for name in config.protocols:
+        get_protocol(name)
     if config.dry_run:
-        print(f"dry run: {', '.join(students)} x {', '.join(config.protocols)} x {config.repeats} on {distilled_dir}")
+        students = ", ".join(config.students or (default_student,))
+        print(f"dry run: {students} x {', '.join(config.protocols)} x {config.repeats} on {distilled_dir}")
         return 0
     print(f"evaluating {distilled_dir} on the {len(test_images):,} test images of {test_images.name}")
-    generated = _load_random_generated(run_dir, distilled_dir)
+    generated = None
+    if "random-generated" in config.baselines:
+        generated = _load_random_generated(run_dir, distilled_dir)
     results = evaluate_students(
-        distilled,
-        train_images,
-        test_images,
-        observer=observer,
-        students=students,
-        protocols=config.protocols,
-        repeats=config.repeats,
-        epochs=config.epochs,
-        seed=config.seed,
-        device=accelerator.device,
-        precision=precision,
-        flip=data.may_flip,
-        output_dir=output_dir,
-        random_generated=(generated["pixels"], generated["labels"]) if generated else None,
+        Request(
+            rounds=[distilled, *(DistilledDataset.load(Path(path)) for path in config.rounds)],
+            train=train_images,
+            test=test_images,
+            observers=observers,
+            students=config.students,
+            protocols=config.protocols,
+            baselines=config.baselines,
+            repeats=config.repeats,
+            epochs=config.epochs,
+            seed=config.seed,
+            device=accelerator.device,
+            precision=precision,
+            output_dir=output_dir,
+            random_generated=(generated["pixels"], generated["labels"]) if generated else None,
+            with_full=config.with_full,
+            default_student=default_student,
+            flip=data.may_flip,
+        )
     )
     update_results(distilled_dir, results.to_dict())
     print(format_table(results))
@@ -100,7 +115,7 @@ def _evaluation_dir(config: EvaluateConfig, run_dir: Path | None, distilled_dir:
     return output_dir
 
 
-def _default_students(observer: Observer | None) -> tuple[str, ...]:
-    if observer is not None and ":" not in observer.network:  # a ConvNet or a ResNet that ddgen builds
-        return (observer.network,)
-    return ("convnet3",)
+def _default_student(observers: list[Observer]) -> str:
+    if observers and ":" not in observers[0].network:  # one that ddgen builds
+        return observers[0].network
+    return "convnet3"

@@ -66,7 +66,7 @@ def with_results(card: str, results: Mapping[str, Any]) -> str:
         card: A card as `render_card` wrote it, edited by hand or not.
         results: The contents of results.json. Needed: `rows`, mappings with `images`, `protocol`, `student`, `epochs`,
             `scores` (one fraction 0..1 per student), `mean`, `std` (or None) and `best_epoch_mean`. Told when there:
-            `num_test`, `seed`, `teacher`, `teacher_accuracy`, `epochs_override`.
+            `num_test`, `seed`, `teachers` (name -> fraction), `epochs_override`.
     """
     block = _results_block(_results_table(results))
     before, begin, rest = card.partition(RESULTS_BEGIN)
@@ -280,9 +280,16 @@ def _results_table(results: Mapping[str, Any]) -> str:
     for row in results["rows"]:
         spread = "" if row["std"] is None else f" ± {100 * row['std']:.1f}"
         score = f"{100 * row['mean']:.1f}{spread}"
-        names = " | ".join(_cell(str(row[key])) for key in ("images", "protocol", "student", "epochs"))
+        recipe = _protocol(row, results)
+        names = " | ".join(_cell(str(name)) for name in (row["images"], recipe, row["student"], row["epochs"]))
         lines.append(f"| {names} | {score} | ({100 * row['best_epoch_mean']:.1f}) |")
     return "\n".join([_results_heading(results), "", *lines, "", *_results_notes(results)])
+
+
+def _protocol(row: Mapping[str, Any], results: Mapping[str, Any]) -> str:
+    """Names the protocol, and who labels in it where there are several."""
+    several = len(results.get("teachers", {})) > 1
+    return f"{row['protocol']} by {row['teacher']}" if several and row.get("teacher") else row["protocol"]
 
 
 def _results_heading(results: Mapping[str, Any]) -> str:
@@ -297,9 +304,8 @@ def _results_notes(results: Mapping[str, Any]) -> list[str]:
     notes = ["The score is the last epoch's; the best epoch is chosen on the test set and is no score."]
     if results.get("epochs_override") is not None:
         notes.append(f"Trained with `--epochs {results['epochs_override']}`: not comparable with published numbers.")
-    if results.get("teacher") and results.get("teacher_accuracy") is not None:
-        accuracy = 100 * results["teacher_accuracy"]
-        notes.append(f"Soft labels are those of a {results['teacher']}, itself {accuracy:.1f} on the same test images.")
+    for teacher, accuracy in results.get("teachers", {}).items():
+        notes.append(f"Soft labels are those of a {teacher}, itself {100 * accuracy:.1f} on the same test images.")
     return notes
 
 

@@ -6,6 +6,8 @@ function of (seed, epoch) on every device.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -140,3 +142,92 @@ def cutmix(images: Tensor, order: Tensor, box: tuple[int, int, int, int]) -> tup
     mixed = images.clone()
     mixed[:, :, top:bottom, left:right] = images[:, :, top:bottom, left:right][order]
     return mixed, 1.0 - (bottom - top) * (right - left) / (images.shape[-1] * images.shape[-2])
+
+
+# DSA: Zhao and Bilen, "Dataset Condensation with Differentiable Siamese Augmentation", ICML 2021; its published
+# strengths. It works on normalised images, so what it fills with zeros has the mean colour.
+DSA_BRIGHTNESS, DSA_SATURATION, DSA_CONTRAST = 1.0, 2.0, 0.5
+DSA_CROP_PAD, DSA_CUTOUT, DSA_SCALE, DSA_ROTATE_DEGREES = 0.125, 0.5, 1.2, 15.0
+
+
+def dsa(images: Tensor, operations: Sequence[str], rng: np.random.Generator) -> Tensor:
+    """Augments a batch by one operation of DSA, drawn anew for every batch, each image with its own strength.
+
+    Args:
+        images: Normalised (b, 3, s, s).
+        operations: Some of `color`, `crop`, `cutout`, `flip`, `scale`, `rotate`; images stay as they are without any.
+        rng: Where randomness comes from.
+    """
+    if not operations:
+        return images
+    return _DSA[operations[int(rng.integers(len(operations)))]](images, rng)
+
+
+def dsa_color(images: Tensor, rng: np.random.Generator) -> Tensor:
+    """Brightness by up to +-0.5, saturation by a factor of 0 to 2, contrast by one of 0.5 to 1.5, in this order."""
+    brightness, saturation, contrast = _put(rng.random((3, len(images), 1, 1, 1), dtype=np.float32), images)
+    images = images + (brightness - 0.5) * DSA_BRIGHTNESS
+    grey = images.mean(1, keepdim=True)
+    images = (images - grey) * (saturation * DSA_SATURATION) + grey
+    mean = images.mean((1, 2, 3), keepdim=True)
+    return (images - mean) * (contrast + DSA_CONTRAST) + mean
+
+
+def dsa_crop(images: Tensor, rng: np.random.Generator) -> Tensor:
+    """Shifts every image by up to an eighth of its side, filling with zeros."""
+    b, c, _, size = images.shape
+    pad = int(size * DSA_CROP_PAD + 0.5)
+    top, left = rng.integers(0, 2 * pad + 1, (2, b, 1))
+    rows, columns = _put(top + np.arange(size), images), _put(left + np.arange(size), images)
+    padded = F.pad(images, [pad] * 4)
+    first = torch.arange(b, device=images.device)[:, None, None, None]
+    channels = torch.arange(c, device=images.device)[None, :, None, None]
+    return padded[first, channels, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def dsa_cutout(images: Tensor, rng: np.random.Generator) -> Tensor:
+    """Sets a square of half the side, its middle anywhere in the image and itself cut at the borders, to zero."""
+    b, size = len(images), images.shape[-1]
+    side = int(size * DSA_CUTOUT + 0.5)
+    starts = rng.integers(0, size + 1 - side % 2, (2, b, 1)) - side // 2
+    inside = (np.arange(size) >= starts) & (np.arange(size) < starts + side)
+    rows, columns = _put(inside, images)
+    return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0.0)
+
+
+def dsa_scale(images: Tensor, rng: np.random.Generator) -> Tensor:
+    """Shrinks or enlarges both sides, each by its own factor of 1 / 1.2 to 1.2, around the middle."""
+    return affine(images, np.stack([_diagonal(rng, len(images)), _diagonal(rng, len(images))], axis=1) * np.eye(2))
+
+
+def dsa_rotate(images: Tensor, rng: np.random.Generator) -> Tensor:
+    """Turns every image by up to 15 degrees."""
+    return rotate(images, rng.uniform(-DSA_ROTATE_DEGREES, DSA_ROTATE_DEGREES, len(images)))
+
+
+def rotate(images: Tensor, degrees: np.ndarray) -> Tensor:
+    """Turns images (b, c, s, s) counter-clockwise by angles (b,) in degrees, bilinearly, filling with zeros."""
+    angles = np.deg2rad(degrees)
+    sin, cos = np.sin(angles), np.cos(angles)
+    return affine(images, np.stack([np.stack([cos, -sin], 1), np.stack([sin, cos], 1)], axis=1))
+
+
+def affine(images: Tensor, matrices: np.ndarray) -> Tensor:
+    """Takes every position of images (b, c, s, s) from where a matrix (b, 2, 2) sends it, around the middle."""
+    theta = np.concatenate([matrices, np.zeros((len(matrices), 2, 1))], axis=2).astype(np.float32)
+    grid = F.affine_grid(_put(theta, images), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def _diagonal(rng: np.random.Generator, count: int) -> np.ndarray:
+    return rng.uniform(1 / DSA_SCALE, DSA_SCALE, (count, 1))
+
+
+_DSA: dict[str, Callable[[Tensor, np.random.Generator], Tensor]] = {
+    "color": dsa_color,
+    "crop": dsa_crop,
+    "cutout": dsa_cutout,
+    "flip": random_flip,
+    "scale": dsa_scale,
+    "rotate": dsa_rotate,
+}

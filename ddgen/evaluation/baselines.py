@@ -2,39 +2,140 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from ddgen.data import ImageDataset
 from ddgen.errors import UserError
+from ddgen.observer.observer import Observer, predict_pixels
 from ddgen.seeds import numpy_generator
 
 
-def random_real(dataset: ImageDataset, ipc: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Draws `ipc` real images per class, without replacement.
+def random_real(dataset: ImageDataset, ipc: int | Sequence[int], seed: int) -> tuple[Tensor, Tensor]:
+    """Draws real images of every class, without replacement.
 
     A smaller `ipc` takes the first of what a larger one takes.
 
     Args:
         dataset: Real training images.
-        ipc: Images per class.
+        ipc: Images per class, or of each class.
         seed: Of the draw.
 
     Returns:
-        Pixels uint8 (k * ipc, 3, h, w) class by class, and labels int64 (k * ipc,).
+        Pixels uint8 (n, 3, h, w) class by class, and labels int64 (n,).
 
     Raises:
-        UserError: A class has fewer images than `ipc`.
+        UserError: A class has fewer images than asked for.
     """
+    counts = _counts(dataset, ipc, "random-real")
     chosen = []
     for label, indices in enumerate(dataset.indices_by_class()):
-        if len(indices) < ipc:
-            raise UserError(
-                f"--ipc {ipc}: class {dataset.class_names[label]} of {dataset.name} has only {len(indices)} training "
-                f"images for the random-real baseline; take a smaller --ipc"
-            )
         order = numpy_generator(seed, "random real", label).permutation(len(indices))
-        chosen.append(np.asarray(indices)[order[:ipc]])
-    index = torch.from_numpy(np.concatenate(chosen))
+        chosen.append(np.asarray(indices)[order[: counts[label]]])
+    return _take(dataset, np.concatenate(chosen))
+
+
+def by_features(
+    dataset: ImageDataset,
+    ipc: int | Sequence[int],
+    method: str,
+    observer: Observer,
+    *,
+    device: torch.device,
+    precision: str,
+) -> np.ndarray:
+    """Chooses real images of every class by their penultimate features; no randomness is in it.
+
+    Args:
+        dataset: Real training images.
+        ipc: Images per class, or of each class.
+        method: A key of `BY_FEATURES`.
+        observer: Whose features.
+        device: Where to compute.
+        precision: See `ddgen.precision`.
+
+    Returns:
+        int64 (n,), which images, class by class.
+
+    Raises:
+        UserError: A class has fewer images than asked for.
+    """
+    counts = _counts(dataset, ipc, method)
+    chosen = []
+    for label, indices in enumerate(dataset.indices_by_class()):
+        of_class = torch.as_tensor(np.asarray(indices))
+        features = predict_pixels(
+            observer, dataset.pixels[of_class], what="features", batch_size=256, device=device, precision=precision
+        )
+        chosen.append(of_class[BY_FEATURES[method](features, counts[label])].numpy())
+    return np.concatenate(chosen)
+
+
+def herding(features: Tensor, count: int) -> Tensor:
+    """Takes, one after another, the image that brings the mean of those taken closest to the mean of all.
+
+    Welling, "Herding Dynamical Weights to Learn", ICML 2009, as Rebuffi et al. (iCaRL, CVPR 2017) choose exemplars.
+
+    Args:
+        features: (n, d).
+        count: How many to take, at most n.
+
+    Returns:
+        int64 (count,), in the order in which they are taken.
+    """
+    features = features.double()
+    mean, taken = features.mean(0), torch.zeros_like(features[0])
+    free = torch.ones(len(features), dtype=torch.bool)
+    order = []
+    for number in range(1, count + 1):
+        distances = ((taken + features) / number - mean).square().sum(1)
+        best = int(distances.masked_fill(~free, torch.inf).argmin())
+        order.append(best)
+        free[best] = False
+        taken = taken + features[best]
+    return torch.tensor(order, dtype=torch.int64)
+
+
+def k_center(features: Tensor, count: int) -> Tensor:
+    """Takes, one after another, the image farthest from those taken, beginning with the one nearest to the mean.
+
+    Sener and Savarese, "Active Learning for Convolutional Neural Networks: A Core-Set Approach", ICLR 2018: greedily,
+    at most twice the smallest possible radius around `count` images that holds them all.
+
+    Args:
+        features: (n, d).
+        count: How many to take, at most n.
+
+    Returns:
+        int64 (count,), in the order in which they are taken.
+    """
+    features = features.double()
+    order = [int((features - features.mean(0)).square().sum(1).argmin())]
+    nearest = torch.full((len(features),), torch.inf, dtype=torch.float64)
+    while len(order) < count:
+        nearest = torch.minimum(nearest, (features - features[order[-1]]).square().sum(1))
+        nearest[order[-1]] = -1.0  # two images of the same features are still two
+        order.append(int(nearest.argmax()))
+    return torch.tensor(order[:count], dtype=torch.int64)
+
+
+BY_FEATURES: dict[str, Callable[[Tensor, int], Tensor]] = {"herding": herding, "k-center": k_center}
+
+
+def _counts(dataset: ImageDataset, ipc: int | Sequence[int], name: str) -> list[int]:
+    counts = [ipc] * dataset.num_classes if isinstance(ipc, int) else list(ipc)
+    for label, indices in enumerate(dataset.indices_by_class()):
+        if len(indices) < counts[label]:
+            raise UserError(
+                f"--ipc {counts[label]}: class {dataset.class_names[label]} of {dataset.name} has only {len(indices)} "
+                f"training images for the {name} baseline; take a smaller --ipc, or leave {name} out of --baselines"
+            )
+    return counts
+
+
+def _take(dataset: ImageDataset, chosen: np.ndarray) -> tuple[Tensor, Tensor]:
+    index = torch.from_numpy(chosen)
     return dataset.pixels[index].clone(), dataset.labels[index].clone()

@@ -3,104 +3,103 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-import hashlib
-import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ddgen.checkpoint import read_json, write_json
 from ddgen.data import ImageDataset
 from ddgen.data.classes import check_class_order
-from ddgen.distill.dataset import DistilledDataset, encode_png
+from ddgen.distill.dataset import DistilledDataset
 from ddgen.errors import UserError
-from ddgen.evaluation.baselines import random_real
-from ddgen.evaluation.protocols import Protocol, get_protocol
-from ddgen.evaluation.report import Results, Row, draw_accuracy, write_results
-from ddgen.evaluation.students import StudentResult, train_student
+from ddgen.evaluation.baselines import BY_FEATURES
+from ddgen.evaluation.batches import Look, TrainingImages
+from ddgen.evaluation.cells import Cell, Setting, Teacher, run_cell
+from ddgen.evaluation.figure import draw_accuracy
+from ddgen.evaluation.protocol_files import get_protocol
+from ddgen.evaluation.protocols import Protocol
+from ddgen.evaluation.report import Results, write_results
+from ddgen.evaluation.rows import Row
+from ddgen.evaluation.sources import (
+    Source,
+    baseline_sources,
+    distilled_source,
+    full_source,
+    png_bytes,
+    with_soft_labels,
+)
+from ddgen.evaluation.students import IMAGENET_LOOK, StudentResult
 from ddgen.observer.networks import build_network
 from ddgen.observer.observer import Observer
 from ddgen.observer.realism import check_observer, measure_accuracy
-from ddgen.seeds import derive
+from ddgen.observer.training import channel_statistics
 
-CELL_FORMAT = 1  # raise it when the same settings would give another number
-
-
-@dataclass(frozen=True)
-class _Source:
-    """Images for the students of one row; `draw(repeat)` returns pixels (n, 3, s, s) and labels (n,).
-
-    Images made of factor x factor patches are augmented as such; those of the other rows are whole.
-    """
-
-    name: str
-    draw: Callable[[int], tuple[Tensor, Tensor]]
-    factor: int = 1
+# As the literature normalises them; others by the statistics of their training images.
+_LOOKS = {
+    "cifar10": Look((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "cifar100": Look((0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "tinyimagenet": IMAGENET_LOOK,
+}
 
 
 @dataclass(frozen=True)
-class _Setting:
-    """What all cells share."""
+class Request:
+    """What to judge, and how.
 
-    test: ImageDataset
-    observer: Observer | None
-    num_classes: int
-    ipc: int
-    epochs: int | None
-    repeats: int
-    seed: int
-    device: torch.device
-    precision: str
-    cells_dir: Path
-    flip: bool
-    progress: bool
-
-
-def evaluate(
-    distilled: DistilledDataset,
-    train: ImageDataset,
-    test: ImageDataset,
-    *,
-    observer: Observer | None,
-    students: Sequence[str],
-    protocols: Sequence[str],
-    repeats: int,
-    epochs: int | None,
-    seed: int,
-    device: torch.device,
-    precision: str,
-    output_dir: Path,
-    random_generated: tuple[Tensor, Tensor] | None = None,
-    flip: bool = True,
-    progress: bool = True,
-) -> Results:
-    """Trains students on the distilled images and on the baselines, and scores them on the real test images.
-
-    Every finished student is kept in ``output_dir/cells``, so an interrupted evaluation goes on where it stopped.
-    Row for row, repeat r starts from the same weights, so rows differ by their images.
-
-    Args:
-        distilled: The dataset to judge.
-        train: Real training images, from which random real ones are drawn, anew for every repeat.
+    Attributes:
+        rounds: The dataset to judge; several where a generator ran several rounds: repeat r takes the r-th.
+        train: Real training images.
         test: Real test images.
-        observer: Teacher of soft protocols.
-        students: Names of networks.
-        protocols: Names of protocols.
+        observers: Teachers of soft recipes: one after another, or together where the recipe takes an ensemble.
+        students: Names of networks; None takes each recipe's own, otherwise `default_student`.
+        protocols: Names or YAML files of recipes.
+        baselines: Names, as in `EvaluateConfig.baselines`.
         repeats: Students per row.
-        epochs: Instead of the protocols' own.
+        epochs: Instead of the recipes' own.
         seed: Of students and random draws.
         device: Where students train.
         precision: "no", "bf16" or "fp16".
         output_dir: Receives results.json, accuracy.png and cells/.
         random_generated: Generated images that nobody selected: pixels uint8 (n, 3, s, s), labels (n,).
-        flip: Mirror training images, as the protocols do; false where a mirror image is another class.
+        with_full: Add students on all real images.
+        default_student: Where neither `students` nor the recipe says.
+        flip: Mirror training images, as the recipes do; false where a mirror image is another class.
         progress: Show a bar per row.
+    """
+
+    rounds: Sequence[DistilledDataset]
+    train: ImageDataset
+    test: ImageDataset
+    observers: Sequence[Observer]
+    students: Sequence[str] | None
+    protocols: Sequence[str]
+    baselines: Sequence[str]
+    repeats: int
+    epochs: int | None
+    seed: int
+    device: torch.device
+    precision: str
+    output_dir: Path
+    random_generated: tuple[Tensor, Tensor] | None = None
+    with_full: bool = False
+    default_student: str = "convnet3"
+    flip: bool = True
+    progress: bool = True
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Classes of the dataset to judge, in label order."""
+        return self.rounds[0].class_names
+
+
+def evaluate(request: Request) -> Results:
+    """Trains students on the distilled images and on the baselines, and scores them on the real test images.
+
+    Every finished student is kept in ``output_dir/cells``, so an interrupted evaluation goes on where it stopped.
+    Row for row, repeat r starts from the same weights, so rows differ by their images.
 
     Returns:
         The rows, written to ``output_dir`` too.
@@ -108,252 +107,244 @@ def evaluate(
     Raises:
         UserError: Before any training: artefacts whose classes or sizes do not match, settings that cannot be honoured.
     """
-    recipes = [get_protocol(name) for name in protocols]
-    ipc = _check(distilled, train, test, observer, recipes, students, repeats, epochs, random_generated)
-    sources = _sources(distilled, random_generated, train, ipc, seed)
-    setting = _Setting(
-        test, observer, len(distilled.class_names), ipc, epochs, repeats, seed, device, precision,
-        output_dir / "cells", flip, progress,
+    recipes = [get_protocol(name) for name in request.protocols]
+    pairs = _pairs(request, recipes)
+    _check(request, recipes, pairs)
+    setting = Setting(
+        request.test, len(request.class_names), request.repeats, request.epochs, request.seed, request.device,
+        request.precision, request.output_dir / "cells", _looks(request, recipes), request.progress,
     )  # fmt: skip
-    image_bytes = {source.name: png_bytes(source.draw(0)[0]) for source in sources}
-    teacher_accuracy = _teacher_accuracy(setting)
+    teachers = _teachers(request)
+    sources = _sources(request)
+    image_bytes = {source.name: png_bytes(source.draw(0).pixels) for source in sources}
     rows = [
-        _row(source, recipe, student, setting, image_bytes[source.name])
-        for student in students
-        for recipe in recipes
+        _row(source, recipe, student, online, teachers, setting, image_bytes[source.name])
+        for student, recipe in pairs
+        for online in _online(recipe, teachers)
         for source in sources
     ]
     results = Results(
         rows=tuple(rows),
-        dataset=test.name,
+        dataset=request.test.name,
         num_classes=setting.num_classes,
-        num_test=len(test),
-        image_size=test.image_size,
-        ipc=ipc,
-        repeats=repeats,
-        seed=seed,
-        epochs_override=epochs,
-        flip=flip,
-        teacher=None if observer is None else observer.network,
-        teacher_accuracy=teacher_accuracy,
-        precision=precision,
-        device=device.type,
+        num_test=len(request.test),
+        image_size=request.test.image_size,
+        ipc=request.rounds[0].ipc,
+        num_images=len(request.rounds[0]),
+        repeats=request.repeats,
+        seed=request.seed,
+        epochs_override=request.epochs,
+        flip=request.flip,
+        teachers=tuple((teacher.name, teacher.accuracy) for teacher in teachers),
+        recipes=tuple(recipes),
+        precision=request.precision,
+        device=request.device.type,
     )
-    write_results(results, output_dir / "results.json")
-    draw_accuracy(results, output_dir / "accuracy.png")
+    write_results(results, request.output_dir / "results.json")
+    draw_accuracy(results, request.output_dir / "accuracy.png")
     return results
 
 
-def _sources(
-    distilled: DistilledDataset,
-    random_generated: tuple[Tensor, Tensor] | None,
-    train: ImageDataset,
-    ipc: int,
-    seed: int,
-) -> list[_Source]:
-    """Returns the images of every kind of row; a class too small for the random real ones is found now."""
-    sources = [_Source("distilled", lambda repeat: (distilled.pixels, distilled.labels), distilled.factor)]
-    if random_generated is not None:
-        sources.append(_Source("random generated", lambda repeat: random_generated))
-    sources.append(_Source("random real", lambda repeat: random_real(train, ipc, derive(seed, "repeat", repeat))))
-    sources[-1].draw(0)
-    return sources
+def _pairs(request: Request, recipes: Sequence[Protocol]) -> list[tuple[str, Protocol]]:
+    """Returns which students train by which recipes."""
+    if request.students is None:
+        return [(recipe.student or request.default_student, recipe) for recipe in recipes]
+    return [(student, recipe) for student in request.students for recipe in recipes]
 
 
-def png_bytes(pixels: Tensor) -> int:
-    """Returns what images uint8 (n, 3, h, w) take as PNG files, one each, written as the distilled folder's are."""
-    return sum(len(encode_png(image)) for image in pixels)
+def _sources(request: Request) -> list[Source]:
+    observer = request.observers[0] if request.observers else None
+    baselines = baseline_sources(
+        request.baselines, request.rounds[0], request.random_generated, request.train, observer,
+        seed=request.seed, device=request.device, precision=request.precision,
+        cache_dir=request.output_dir / "baselines",
+    )  # fmt: skip
+    full = [full_source(request.train)] if request.with_full else []
+    return [distilled_source(request.rounds), *baselines, *full]
 
 
-def _check(
-    distilled: DistilledDataset,
-    train: ImageDataset,
-    test: ImageDataset,
-    observer: Observer | None,
-    recipes: Sequence[Protocol],
-    students: Sequence[str],
-    repeats: int,
-    epochs: int | None,
-    random_generated: tuple[Tensor, Tensor] | None,
-) -> int:
-    """Refuses what cannot be evaluated, before any training; returns the images per class."""
-    names = distilled.class_names
-    for found, title in ((train, "training images"), (test, "test images")):
-        check_class_order(
-            names, found.class_names, expected_name="the distilled dataset", found_name=f"the {title} of {found.name}"
-        )
-    if observer is not None:
-        check_class_order(names, observer.class_names, expected_name="the distilled dataset", found_name="the observer")
-    elif any(recipe.labels == "soft" for recipe in recipes):
-        raise UserError("--protocols rded: soft labels need a teacher; give --observer")
+def _looks(request: Request, recipes: Sequence[Protocol]) -> dict[str, Look]:
+    looks = {"imagenet": replace(IMAGENET_LOOK, flip=request.flip)}
+    if any(recipe.normalization == "dataset" for recipe in recipes):
+        known = _LOOKS.get(request.train.name)
+        look = known or Look(*channel_statistics(request.train.pixels, torch.arange(len(request.train))))
+        looks["dataset"] = replace(look, flip=request.flip)
+    return looks
+
+
+def _online(recipe: Protocol, teachers: Sequence[Teacher]) -> list[tuple[Teacher, ...]]:
+    """Returns who labels online, once per set of rows: every observer by itself, all together, or nobody."""
+    if recipe.labels != "soft":
+        return [()]
+    return [tuple(teachers)] if recipe.ensemble else [(teacher,) for teacher in teachers]
+
+
+def _check(request: Request, recipes: Sequence[Protocol], pairs: Sequence[tuple[str, Protocol]]) -> None:
+    """Refuses what cannot be evaluated, before any training."""
+    names = request.class_names
+    found = [(dataset.class_names, "a further round") for dataset in request.rounds[1:]]
+    found += [(observer.class_names, "the observer") for observer in request.observers]
+    for images, title in ((request.train, "training images"), (request.test, "test images")):
+        found.append((images.class_names, f"the {title} of {images.name}"))
+    for class_names, title in found:
+        check_class_order(names, class_names, expected_name="the distilled dataset", found_name=title)
     if not recipes:
         raise UserError("--protocols: empty; name rded, hard or both")
-    if not students:
+    if not pairs:
         raise UserError("--students: empty; name a network, for instance convnet3")
-    if repeats < 1:
-        raise UserError(f"--repeats {repeats}: must be at least 1")
-    if epochs is not None and epochs < 1:
-        raise UserError(f"--epochs {epochs}: must be at least 1")
-    _check_sizes(distilled, train, test, random_generated)
-    for student in students:
-        for recipe in recipes:
-            build_network(student, len(names), test.image_size, norm=recipe.norm, setting="--students")
-    return _images_per_class(distilled.labels, len(names), "the distilled dataset")
+    for name in ("repeats", "epochs"):
+        value = getattr(request, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value}: must be at least 1")
+    _check_teachers(request, recipes)
+    _check_sizes(request)
+    for student, recipe in pairs:
+        build_network(student, len(names), request.test.image_size, norm=recipe.norm, setting="--students")
+    for dataset in request.rounds:
+        _check_counts(dataset, recipes)
 
 
-def _check_sizes(
-    distilled: DistilledDataset,
-    train: ImageDataset,
-    test: ImageDataset,
-    random_generated: tuple[Tensor, Tensor] | None,
-) -> None:
+def _check_teachers(request: Request, recipes: Sequence[Protocol]) -> None:
+    if request.observers:
+        return
+    for recipe in recipes:
+        if recipe.labels == "soft":
+            raise UserError(f"--protocols {recipe.name}: soft labels need a teacher; give --observer")
+        if recipe.labels == "stored" and (request.baselines or request.with_full):
+            raise UserError(f"--protocols {recipe.name}: the baselines have no soft labels stored; give --observer")
+    for name in request.baselines:
+        if name in BY_FEATURES:
+            raise UserError(f"--baselines {name}: it works on features of an observer; give --observer")
+
+
+def _check_sizes(request: Request) -> None:
+    distilled = request.rounds[0]
     size = distilled.pixels.shape[-1]
-    for found in (train, test):
-        if found.image_size != size:
+    for images in (request.train, request.test):
+        if images.image_size != size:
             raise UserError(
-                f"--image_size {found.image_size}: the distilled images have {size} px, the {found.split} images of "
-                f"{found.name} {found.image_size}; set --image_size {size}"
+                f"--image_size {images.image_size}: the distilled images have {size} px, the {images.split} images of "
+                f"{images.name} {images.image_size}; set --image_size {size}"
             )
-    if random_generated is not None and random_generated[0].shape != distilled.pixels.shape:
+    for dataset in request.rounds[1:]:
+        if dataset.pixels.shape[-1] != size:
+            raise UserError(f"--rounds: images of {dataset.pixels.shape[-1]} px and of {size} px; give one size")
+    generated = request.random_generated
+    if generated is not None and generated[0].shape != distilled.pixels.shape:
         raise UserError(
-            f"random generated images {tuple(random_generated[0].shape)} and distilled images "
+            f"random generated images {tuple(generated[0].shape)} and distilled images "
             f"{tuple(distilled.pixels.shape)} differ in number or size; sample both with the same settings"
         )
 
 
-def _images_per_class(labels: Tensor, num_classes: int, title: str) -> int:
-    counts = torch.bincount(labels, minlength=num_classes)
-    if len(counts) != num_classes or int(counts.min()) != int(counts.max()):
+def _check_counts(dataset: DistilledDataset, recipes: Sequence[Protocol]) -> None:
+    counts = torch.bincount(dataset.labels, minlength=len(dataset.class_names))
+    if int(counts.min()) != int(counts.max()) and not all(recipe.any_number for recipe in recipes):
+        strict = next(recipe.name for recipe in recipes if not recipe.any_number)
         raise UserError(
-            f"{title} has {int(counts.min())} to {int(counts.max())} images per class; expected equally many"
+            f"--protocols {strict}: the distilled dataset has {int(counts.min())} to {int(counts.max())} images per "
+            f"class; it asks for equally many, eccv2024-track2 does not"
         )
-    return int(counts[0])
 
 
-def _teacher_accuracy(setting: _Setting) -> float | None:
-    """Measures the observer on the real test images, and refuses one that is near chance there."""
-    if setting.observer is None:
-        return None
-    measured = copy.copy(setting.observer)
-    measured.accuracy = measure_accuracy(
-        setting.observer, setting.test, device=setting.device, precision=setting.precision
-    )
-    check_observer(measured, setting.test.class_names)
-    return measured.accuracy
+def _teachers(request: Request) -> list[Teacher]:
+    """Measures the observers on the real test images, and refuses one that is near chance there."""
+    networks = [observer.network for observer in request.observers]
+    teachers: list[Teacher] = []
+    for index, observer in enumerate(request.observers):
+        measured = copy.copy(observer)
+        measured.accuracy = measure_accuracy(observer, request.test, device=request.device, precision=request.precision)
+        check_observer(measured, request.test.class_names)
+        same = networks[:index].count(observer.network)
+        name = f"{observer.network} #{same + 1}" if networks.count(observer.network) > 1 else observer.network
+        teachers.append(Teacher(name, observer, measured.accuracy))
+    return teachers
 
 
-def _row(source: _Source, recipe: Protocol, student: str, setting: _Setting, image_bytes: int) -> Row:
-    results = []
-    num_epochs = recipe.epochs(setting.ipc) if setting.epochs is None else setting.epochs
+def _row(
+    source: Source,
+    recipe: Protocol,
+    student: str,
+    online: tuple[Teacher, ...],
+    teachers: Sequence[Teacher],
+    setting: Setting,
+    image_bytes: int,
+) -> Row:
+    epochs = setting.epochs or recipe.epochs(source.ipc, dataset=setting.test.name, network=student)
+    epochs = min(epochs, source.epochs or epochs)
+    repeats = min(setting.repeats, source.repeats or setting.repeats)
+    teacher = " + ".join(t.name for t in online) or None
+    results: list[StudentResult] = []
     with tqdm(
-        total=setting.repeats * num_epochs,
-        desc=f"{source.name:<16} {recipe.name:<4} {student}",
+        total=repeats * epochs,
+        desc=" ".join(filter(None, (f"{source.name:<16}", f"{recipe.name:<4}", student, teacher and f"by {teacher}"))),
         unit="epoch",
         disable=not setting.progress,
         dynamic_ncols=True,
         bar_format="{desc} |{bar:20}| {percentage:3.0f}% [{elapsed}<{remaining}]{postfix}",
     ) as bar:
-        for repeat in range(setting.repeats):
-            results.append(_cell(source, recipe, student, repeat, setting, bar))
-            scores = [100 * result.accuracy_last for result in results]
-            bar.set_postfix_str(f"last epoch {' '.join(f'{score:.1f}' for score in scores)}")
+        for repeat in range(repeats):
+
+            def on_epoch(_: int, accuracy: float | None, repeat: int = repeat) -> None:
+                bar.update(1)
+                if accuracy is not None:
+                    bar.set_postfix_str(f"student {repeat + 1}/{repeats} at {100 * accuracy:.1f}")
+
+            images = _labelled(source.draw(repeat), recipe, teachers, setting)
+            cell = Cell(source.name, images, source.content, recipe, student, online, source.ipc, epochs, repeat)
+            result, there = run_cell(cell, setting, on_epoch)
+            bar.update(result.epochs if there else 0)
+            results.append(result)
+            bar.set_postfix_str(f"last epoch {' '.join(f'{100 * r.accuracy_last:.1f}' for r in results)}")
+    return _summary(source.name, recipe, student, teacher, results, image_bytes, _label_bytes(images, recipe, online))
+
+
+def _labelled(
+    images: TrainingImages, recipe: Protocol, teachers: Sequence[Teacher], setting: Setting
+) -> TrainingImages:
+    """Gives images the labels that the recipe stores, and no others."""
+    if recipe.labels != "stored":
+        return replace(images, soft_labels=None)
+    if images.soft_labels is not None:
+        return images
+    return with_soft_labels(images, teachers[0].observer, device=setting.device, precision=setting.precision)
+
+
+def _summary(
+    name: str,
+    recipe: Protocol,
+    student: str,
+    teacher: str | None,
+    results: Sequence[StudentResult],
+    image_bytes: int,
+    label_bytes: int,
+) -> Row:
+    top5 = [result.top5_last for result in results if result.top5_last is not None]
+    confusions = [torch.tensor(result.confusion) for result in results if result.confusion is not None]
+    recall = torch.tensor([result.recall for result in results], dtype=torch.float64).mean(0)
     return Row(
-        images=source.name,
+        images=name,
         protocol=recipe.name,
         student=student,
-        epochs=num_epochs,
+        epochs=results[0].epochs,
         scores=tuple(result.accuracy_last for result in results),
         best_scores=tuple(result.accuracy_best for result in results),
         image_bytes=image_bytes,
-        label_bytes=_label_bytes(recipe, setting),
+        label_bytes=label_bytes,
         seconds=sum(result.seconds for result in results),
+        teacher=teacher,
+        top5_scores=tuple(top5) or None,
+        recall=tuple(round(value, 6) for value in recall.tolist()),
+        confusion=tuple(map(tuple, torch.stack(confusions).sum(0).tolist())) if confusions else None,
     )
 
 
-def _label_bytes(recipe: Protocol, setting: _Setting) -> int:
-    """Bytes that the recipe needs beside the images: the teacher's weights, or whole bytes per class number."""
-    if recipe.labels == "soft" and setting.observer is not None:
-        return sum(value.numel() * value.element_size() for value in setting.observer.state_dict().values())
-    bytes_per_label = max(1, ((setting.num_classes - 1).bit_length() + 7) // 8)
-    return setting.num_classes * setting.ipc * bytes_per_label
-
-
-def _cell(
-    source: _Source, recipe: Protocol, student: str, repeat: int, setting: _Setting, bar: tqdm[Any]
-) -> StudentResult:
-    """Trains one student, or takes the number of the same student trained before."""
-    images, labels = source.draw(repeat)
-    key = _cell_key(images, labels, recipe, student, repeat, setting)
-    if source.factor > 1:
-        key["factor"] = source.factor
-    path = setting.cells_dir / f"{_digest(json.dumps(key, sort_keys=True).encode())}.json"
-    done = _read_cell(path)
-    if done is not None:
-        bar.update(done.epochs)
-        return done
-
-    def on_epoch(epochs_done: int, accuracy: float | None) -> None:
-        bar.update(1)
-        if accuracy is not None:
-            bar.set_postfix_str(f"student {repeat + 1}/{setting.repeats} at {100 * accuracy:.1f}")
-
-    result = train_student(
-        student,
-        recipe,
-        images,
-        labels,
-        num_classes=setting.num_classes,
-        ipc=setting.ipc,
-        test=setting.test,
-        teacher=setting.observer,
-        device=setting.device,
-        precision=setting.precision,
-        seed=derive(setting.seed, "repeat", repeat),
-        epochs=setting.epochs,
-        factor=source.factor,
-        flip=setting.flip,
-        on_epoch=on_epoch,
-    )
-    write_json(path, {"key": key, "images": source.name, "result": dataclasses.asdict(result)})
-    return result
-
-
-def _cell_key(
-    images: Tensor, labels: Tensor, recipe: Protocol, student: str, repeat: int, setting: _Setting
-) -> dict[str, Any]:
-    """Everything that the number of a cell depends on."""
-    observer = setting.observer if recipe.labels == "soft" else None
-    return {
-        "format": CELL_FORMAT,
-        "images": _digest(*_bytes_of(images), *_bytes_of(labels)),
-        "protocol": repr(recipe),
-        "student": student,
-        "epochs": recipe.epochs(setting.ipc) if setting.epochs is None else setting.epochs,
-        "flip": setting.flip,
-        "seed": setting.seed,
-        "repeat": repeat,
-        "test": setting.test.fingerprint,
-        "teacher": None if observer is None else observer.fingerprint,
-        "precision": setting.precision,
-        "device": setting.device.type,
-    }
-
-
-def _bytes_of(tensor: Tensor) -> Iterator[bytes]:
-    yield repr((tuple(tensor.shape), tensor.dtype)).encode()
-    yield tensor.contiguous().numpy().tobytes()
-
-
-def _digest(*parts: bytes) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
-
-
-def _read_cell(path: Path) -> StudentResult | None:
-    if not path.exists():
-        return None
-    values = read_json(path)["result"]
-    values["curve"] = tuple((epoch, accuracy) for epoch, accuracy in values["curve"])
-    return StudentResult(**values)
+def _label_bytes(images: TrainingImages, recipe: Protocol, online: Sequence[Teacher]) -> int:
+    """Bytes that the recipe needs beside the images: the teachers' weights, soft labels, or bytes per class number."""
+    if online:
+        states = [teacher.observer.state_dict() for teacher in online]
+        return sum(value.numel() * value.element_size() for state in states for value in state.values())
+    if images.soft_labels is not None:
+        return images.soft_labels.numel() * images.soft_labels.element_size()
+    num_classes = int(images.labels.max()) + 1
+    return len(images) * max(1, ((num_classes - 1).bit_length() + 7) // 8)

@@ -3,39 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ddgen.data import ImageDataset
 from ddgen.errors import UserError
-from ddgen.evaluation.augment import (
-    color_jitter,
-    cutmix,
-    draw_crops,
-    draw_cutmix,
-    lighting,
-    random_flip,
-    resized_crop,
-    shuffle_patches,
-)
+from ddgen.evaluation.batches import Batch, Look, TrainingImages, stream, with_teachers
 from ddgen.evaluation.protocols import Protocol
+from ddgen.evaluation.scoring import Scores, score, scored_epochs
 from ddgen.observer.networks import build_network, uses_channels_last
-from ddgen.observer.observer import to_images01
 from ddgen.precision import autocast
-from ddgen.seeds import derive, numpy_generator
+from ddgen.seeds import derive
 
-# RDED normalises every dataset with ImageNet's mean and standard deviation; so does every protocol here.
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
-MIN_SCORINGS, MAX_SCORINGS = 4, 10
-_AHEAD_PIXELS = 512 * 32 * 32  # so many pixels of mixed images go through the teacher together
-_TEST_PIXELS = 512 * 32 * 32
+# RDED normalises every dataset with these of ImageNet.
+IMAGENET_LOOK = Look((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 @dataclass(frozen=True)
@@ -45,6 +32,9 @@ class StudentResult:
     Attributes:
         accuracy_last: Top-1 fraction after the last epoch: the score.
         accuracy_best: The best among the epochs that were scored; chosen on the test set, so not a score.
+        top5_last: Top-5 fraction after the last epoch; None for five classes or fewer.
+        recall: Top-1 fraction of every class after the last epoch; 0 for one without test images.
+        confusion: Test images of class i named j after the last epoch; None above `MAX_CONFUSION_CLASSES` classes.
         curve: (epochs done, top-1 fraction) of the scored epochs.
         epochs: Epochs trained.
         seconds: Wall-clock time with scoring.
@@ -53,6 +43,9 @@ class StudentResult:
 
     accuracy_last: float
     accuracy_best: float
+    top5_last: float | None
+    recall: tuple[float, ...]
+    confusion: tuple[tuple[int, ...], ...] | None
     curve: tuple[tuple[int, float], ...]
     epochs: int
     seconds: float
@@ -60,14 +53,54 @@ class StudentResult:
 
 
 @dataclass(frozen=True)
-class _Batch:
-    """A mixed batch: images (b, 3, s, s) in [0, 1], and both labels with the weight of the first."""
+class Job:
+    """One student to train.
 
-    images: Tensor
-    labels: Tensor
-    pasted_labels: Tensor
-    own: float
-    teacher_logits: Tensor | None = None
+    Attributes:
+        network: Name for `build_network`.
+        protocol: The recipe.
+        images: What it trains on.
+        num_classes: Number of classes k.
+        ipc: Images per class, which the recipe's batch size and epochs depend on.
+        test: Real images of the same classes in the same order.
+        teachers: Observers in eval mode, images in [0, 1] -> logits (b, k), whose logits are averaged; recipes with
+            soft labels need one.
+        device: Where everything runs.
+        precision: "no", "bf16" or "fp16".
+        seed: Of initial weights, order and augmentation.
+        epochs: Instead of the protocol's.
+        look: Normalisation, and whether images may be mirrored.
+    """
+
+    network: str
+    protocol: Protocol
+    images: TrainingImages
+    num_classes: int
+    ipc: int
+    test: ImageDataset
+    teachers: Sequence[nn.Module]
+    device: torch.device
+    precision: str
+    seed: int
+    epochs: int | None = None
+    look: Look = IMAGENET_LOOK
+
+    @property
+    def num_epochs(self) -> int:
+        """Epochs to train."""
+        own = self.protocol.epochs(self.ipc, dataset=self.test.name, network=self.network)
+        return own if self.epochs is None else self.epochs
+
+    @property
+    def batch_size(self) -> int:
+        """Images per step."""
+        size = self.protocol.batch_size(self.ipc, self.num_classes, dataset=self.test.name, network=self.network)
+        return min(len(self.images), size)
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """Learning rate of the first epoch."""
+        return self.protocol.peak_learning_rate(dataset=self.test.name, network=self.network)
 
 
 class Student(nn.Module):
@@ -76,18 +109,19 @@ class Student(nn.Module):
     Args:
         network: Normalised images -> logits (b, k).
         device: Where it runs.
+        look: Its normalisation.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, network: nn.Module, device: torch.device) -> None:
+    def __init__(self, network: nn.Module, device: torch.device, look: Look) -> None:
         super().__init__()
         fast = uses_channels_last(network, device)
         self.memory_format = torch.channels_last if fast else torch.contiguous_format
         self.network = network.to(device).to(memory_format=self.memory_format)
-        self.register_buffer("mean", torch.tensor(MEAN, device=device)[:, None, None])
-        self.register_buffer("std", torch.tensor(STD, device=device)[:, None, None])
+        self.register_buffer("mean", torch.tensor(look.mean, device=device)[:, None, None])
+        self.register_buffer("std", torch.tensor(look.std, device=device)[:, None, None])
 
     def forward(self, images01: Tensor) -> Tensor:
         """Returns logits (b, k)."""
@@ -96,137 +130,132 @@ class Student(nn.Module):
         return logits
 
 
-def train_student(
-    network: str,
-    protocol: Protocol,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    num_classes: int,
-    ipc: int,
-    test: ImageDataset,
-    teacher: nn.Module | None,
-    device: torch.device,
-    precision: str,
-    seed: int,
-    epochs: int | None = None,
-    factor: int = 1,
-    flip: bool = True,
-    on_epoch: Callable[[int, float | None], None] | None = None,
-) -> StudentResult:
+def train_student(job: Job, on_epoch: Callable[[int, float | None], None] | None = None) -> StudentResult:
     """Trains a student and scores it on the real test images.
 
     Args:
-        network: Name for `build_network`.
-        protocol: The recipe.
-        images: Pixels uint8 (n, 3, s, s).
-        labels: int64 (n,).
-        num_classes: Number of classes k.
-        ipc: Images per class, which the recipe's batch size and epochs depend on.
-        test: Real images of the same classes in the same order.
-        teacher: Observer in eval mode, images in [0, 1] -> logits (b, k); soft protocols need one.
-        device: Where everything runs.
-        precision: "no", "bf16" or "fp16".
-        seed: Of initial weights, order and augmentation.
-        epochs: Instead of the protocol's.
-        factor: Images are grids of factor x factor patches.
-        flip: Mirror images, as the protocols do; false where a mirror image is another class, as for digits.
+        job: What to train on what.
         on_epoch: Called after every epoch with the epochs done and, when it was scored, the accuracy.
 
     Raises:
-        UserError: A soft protocol without a teacher, or a loss that is not finite.
+        UserError: Labels that the recipe needs and nobody has, or a loss that is not finite.
     """
-    if protocol.labels == "soft" and teacher is None:
-        raise UserError(f"--protocols {protocol.name}: soft labels need a teacher; give --observer")
-    num_epochs = protocol.epochs(ipc) if epochs is None else epochs
-    dataset = test.name
-    batch_size = min(len(images), protocol.batch_size(ipc, num_classes, dataset=dataset, network=network))
-    peak = protocol.peak_learning_rate(dataset=dataset, network=network)
-    scored = set(scored_epochs(num_epochs, len(images), len(test)))
+    check_labels(job)
+    scored = set(scored_epochs(job.num_epochs, len(job.images), len(job.test)))
     curve: list[tuple[int, float]] = []
     train_seconds = 0.0
     started = time.perf_counter()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(derive(seed, "student", "weights"))
-        student = Student(
-            build_network(network, num_classes, images.shape[-1], norm=protocol.norm, setting="--students"), device
-        )
-        optimizer = make_optimizer(student, protocol, peak)
-        scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-        batches = _stream(images.to(device), labels.to(device), protocol, num_epochs, batch_size, seed, factor, flip)
-        if protocol.labels == "soft" and teacher is not None:
-            batches = _with_teacher(batches, teacher.to(device).eval(), device, precision)
-        for epoch in range(num_epochs):
+    with torch.random.fork_rng(devices=[job.device] if job.device.type == "cuda" else []):
+        torch.manual_seed(derive(job.seed, "student", "weights"))
+        learner, batches = Learner(job), make_batches(job)
+        for epoch in range(job.num_epochs):
             epoch_started = time.perf_counter()
-            set_learning_rate(optimizer, protocol.learning_rate_at(epoch, num_epochs, peak))
-            for _ in range(-(-len(images) // batch_size)):
-                loss = _step(student, next(batches), protocol, optimizer, scaler, device, precision)
-            _check_finite(loss, protocol, network, epoch, precision)
+            learner.begin_epoch(epoch)
+            for _ in range(-(-len(job.images) // job.batch_size)):
+                loss = learner.step(next(batches))
+            _check_finite(loss, job, epoch)
             train_seconds += time.perf_counter() - epoch_started
             accuracy = None
             if epoch + 1 in scored:
-                accuracy = score(student, test, protocol, device=device, precision=precision)
+                scores = learner.score()
+                accuracy = scores.top1
                 curve.append((epoch + 1, accuracy))
             if on_epoch is not None:
                 on_epoch(epoch + 1, accuracy)
     return StudentResult(
-        accuracy_last=curve[-1][1],
+        accuracy_last=scores.top1,
         accuracy_best=max(accuracy for _, accuracy in curve),
+        top5_last=scores.top5,
+        recall=scores.recall,
+        confusion=scores.confusion,
         curve=tuple(curve),
-        epochs=num_epochs,
+        epochs=job.num_epochs,
         seconds=time.perf_counter() - started,
-        images_per_second=num_epochs * len(images) / train_seconds,
+        images_per_second=job.num_epochs * len(job.images) / train_seconds,
     )
 
 
-def _check_finite(loss: Tensor, protocol: Protocol, network: str, epoch: int, precision: str) -> None:
-    if not torch.isfinite(loss):
-        raise UserError(
-            f"--protocols {protocol.name}: the loss of student {network} is not finite after epoch "
-            f"{epoch + 1}; --mixed_precision {precision} may be too coarse, try no"
+def check_labels(job: Job) -> None:
+    """Refuses a recipe whose labels nobody has."""
+    if job.protocol.labels == "soft" and not job.teachers:
+        raise UserError(f"--protocols {job.protocol.name}: soft labels need a teacher; give --observer")
+    if job.protocol.labels == "stored" and job.images.soft_labels is None:
+        raise UserError(f"--protocols {job.protocol.name}: these images have no stored soft labels; give --observer")
+
+
+def make_batches(job: Job) -> Iterator[Batch]:
+    """Returns all batches of a student's training, with the labels of its recipe."""
+    images = job.images.to(job.device)
+    batches = stream(images, job.protocol, job.num_epochs, job.batch_size, job.seed, job.look)
+    if job.protocol.labels != "soft":
+        return batches
+    return with_teachers(batches, [t.to(job.device).eval() for t in job.teachers], job.device, job.precision)
+
+
+class Learner:
+    """A student in training.
+
+    Args:
+        job: What to train on what; weights are drawn from torch's global generator.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        size = job.images.pixels.shape[-1]
+        network = build_network(job.network, job.num_classes, size, norm=job.protocol.norm, setting="--students")
+        self.student = Student(network, job.device, job.look)
+        self.average: AveragedModel | None = None
+        if job.protocol.ema_decay:
+            self.average = AveragedModel(self.student, multi_avg_fn=get_ema_multi_avg_fn(job.protocol.ema_decay))
+        self.optimizer = make_optimizer(self.student, job.protocol, job.peak_learning_rate)
+        self.scaler = torch.amp.GradScaler(job.device.type, enabled=job.precision == "fp16")
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Sets the learning rate of an epoch, counted from 0, and makes the optimizer anew where the recipe does."""
+        job, protocol = self.job, self.job.protocol
+        steps = [protocol.steps_before(at, job.num_epochs) for at in (epoch - 1, epoch)]
+        if protocol.fresh_optimizer and steps[1] > steps[0]:
+            self.optimizer = make_optimizer(self.student, protocol, job.peak_learning_rate)
+        set_learning_rate(self.optimizer, protocol.learning_rate_at(epoch, job.num_epochs, job.peak_learning_rate))
+
+    def step(self, batch: Batch) -> Tensor:
+        """Runs the student once, so that its batch-norm statistics move once, and updates it; returns the loss."""
+        with autocast(self.job.device, self.job.precision):
+            logits = self.student(batch.images)
+        loss = batch_loss(logits.float(), batch, self.job.protocol)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.average is not None:
+            self.average.update_parameters(self.student)
+        return loss.detach()
+
+    def score(self) -> Scores:
+        """Scores the weights, or their average where the recipe takes one, on the real test images."""
+        job = self.job
+        network = self.student if self.average is None else self.average
+        return score(
+            network, job.test, job.num_classes, job.protocol.test_resize, device=job.device, precision=job.precision
         )
 
 
-def scored_epochs(epochs: int, num_images: int, num_test: int) -> list[int]:
-    """Returns after which epochs, counted from 1, the student is scored: evenly spaced, the last among them.
-
-    Ten of them, or fewer where scoring would take longer than a part of training; never fewer than four.
-    """
-    affordable = epochs * num_images // (2 * num_test)
-    count = min(epochs, max(MIN_SCORINGS, min(MAX_SCORINGS, affordable)))
-    return [epochs * (i + 1) // count for i in range(count)]
-
-
-@torch.no_grad()
-def score(student: nn.Module, test: ImageDataset, protocol: Protocol, *, device: torch.device, precision: str) -> float:
-    """Returns the student's top-1 accuracy on real images as a fraction; leaves it in training mode."""
-    student.eval()
-    size = test.pixels.shape[-1]
-    batch_size = max(32, _TEST_PIXELS // size**2)
-    correct = torch.zeros((), dtype=torch.int64, device=device)
-    for start in range(0, len(test), batch_size):
-        images = to_images01(test.pixels[start : start + batch_size], device)
-        if protocol.test_resize:
-            images = enlarge_and_crop(images)
-        with autocast(device, precision):
-            logits = student(images)
-        correct += (logits.argmax(1) == test.labels[start : start + batch_size].to(device)).sum()
-    student.train()
-    return float(correct) / len(test)
-
-
-def enlarge_and_crop(images: Tensor) -> Tensor:
-    """Enlarges images (b, c, s, s) to `s // 7 * 8` and takes the middle s x s, as RDED's test transform.
-
-    Where `s // 7 * 8` is not above s (32 px), this is the image itself.
-    """
-    size = images.shape[-1]
-    larger = size // 7 * 8
-    if larger <= size:
-        return images
-    enlarged = F.interpolate(images, size=(larger, larger), mode="bilinear", antialias=True, align_corners=False)
-    start = (larger - size) // 2
-    return enlarged[:, :, start : start + size, start : start + size]
+def batch_loss(logits: Tensor, batch: Batch, protocol: Protocol) -> Tensor:
+    """Returns the recipe's loss of float32 logits (b, k)."""
+    if protocol.labels == "hard":
+        return mixed_cross_entropy(logits, batch.labels, batch.pasted_labels, batch.own)
+    if protocol.labels == "stored":
+        assert batch.soft_labels is not None
+        loss = F.cross_entropy(logits, batch.soft_labels)
+    else:
+        assert batch.teacher_logits is not None
+        if protocol.loss == "mse":
+            loss = F.mse_loss(logits, batch.teacher_logits)
+        else:
+            loss = soft_loss(logits, batch.teacher_logits, protocol.temperature)
+    if protocol.hard_weight:
+        loss = loss + protocol.hard_weight * mixed_cross_entropy(logits, batch.labels, batch.pasted_labels, batch.own)
+    return loss
 
 
 def soft_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
@@ -245,6 +274,8 @@ def soft_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float
 def mixed_cross_entropy(logits: Tensor, labels: Tensor, pasted_labels: Tensor, own: float) -> Tensor:
     """Cross-entropy of a CutMix batch: `own` of the image's label, the rest of the pasted one's."""
     logits = logits.float()
+    if own == 1.0:
+        return F.cross_entropy(logits, labels)
     return own * F.cross_entropy(logits, labels) + (1.0 - own) * F.cross_entropy(logits, pasted_labels)
 
 
@@ -267,82 +298,9 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
         group["lr"] = learning_rate
 
 
-def _augment(images: Tensor, protocol: Protocol, factor: int, flip: bool, rng: np.random.Generator) -> Tensor:
-    """Augments images (b, 3, s, s) in [0, 1] one by one, before they are mixed."""
-    if factor > 1:
-        images = shuffle_patches(images, factor, rng)
-    scale = protocol.crop_scale(factor)
-    if scale[0] < 1.0:  # of area one only the whole image fits
-        images = resized_crop(images, draw_crops(rng, len(images), images.shape[-1], scale))
-    if flip:
-        images = random_flip(images, rng)
-    if protocol.color_jitter:
-        images = color_jitter(images, protocol.color_jitter, rng)
-    if protocol.lighting_std:
-        images = lighting(images, protocol.lighting_std, rng)
-    return images
-
-
-def _stream(
-    images: Tensor, labels: Tensor, protocol: Protocol, epochs: int, batch_size: int, seed: int, factor: int, flip: bool
-) -> Iterator[_Batch]:
-    """Yields the mixed batches of all epochs; the last of an epoch may be smaller."""
-    for epoch in range(epochs):
-        rng = numpy_generator(seed, "student", "epoch", epoch)
-        order = torch.from_numpy(rng.permutation(len(images))).to(images.device)
-        for indices in order.split(batch_size):
-            batch = _augment(to_images01(images[indices], images.device), protocol, factor, flip, rng)
-            paste = torch.from_numpy(rng.permutation(len(indices))).to(images.device)
-            mixed, own = cutmix(batch, paste, draw_cutmix(rng, batch.shape[-1], protocol.cutmix_alpha))
-            own_labels = labels[indices]
-            yield _Batch(mixed, own_labels, own_labels[paste], own)
-
-
-def _with_teacher(
-    batches: Iterator[_Batch], teacher: nn.Module, device: torch.device, precision: str
-) -> Iterator[_Batch]:
-    """Adds the teacher's logits, several small batches in one forward: it does not depend on the student."""
-    waiting: list[_Batch] = []
-    for batch in batches:
-        waiting.append(batch)
-        if sum(w.images.shape[0] for w in waiting) * batch.images.shape[-1] ** 2 >= _AHEAD_PIXELS:
-            yield from _label(waiting, teacher, device, precision)
-            waiting = []
-    yield from _label(waiting, teacher, device, precision)
-
-
-def _label(batches: list[_Batch], teacher: nn.Module, device: torch.device, precision: str) -> list[_Batch]:
-    if not batches:
-        return []
-    memory_format = torch.channels_last if uses_channels_last(teacher, device) else torch.contiguous_format
-    together = torch.cat([batch.images for batch in batches]).contiguous(memory_format=memory_format)
-    with torch.no_grad(), autocast(device, precision):
-        logits = teacher(together).float()
-    parts = logits.split([len(batch.images) for batch in batches])
-    return [
-        _Batch(batch.images, batch.labels, batch.pasted_labels, batch.own, part)
-        for batch, part in zip(batches, parts, strict=True)
-    ]
-
-
-def _step(
-    student: nn.Module,
-    batch: _Batch,
-    protocol: Protocol,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    device: torch.device,
-    precision: str,
-) -> Tensor:
-    """Runs the student once, so that its batch-norm statistics move once, and updates it; returns the loss."""
-    with autocast(device, precision):
-        logits = student(batch.images)
-    if batch.teacher_logits is not None:
-        loss = soft_loss(logits, batch.teacher_logits, protocol.temperature)
-    else:
-        loss = mixed_cross_entropy(logits, batch.labels, batch.pasted_labels, batch.own)
-    optimizer.zero_grad(set_to_none=True)
-    scaler.scale(loss).backward()
-    scaler.step(optimizer)
-    scaler.update()
-    return loss.detach()
+def _check_finite(loss: Tensor, job: Job, epoch: int) -> None:
+    if not torch.isfinite(loss):
+        raise UserError(
+            f"--protocols {job.protocol.name}: the loss of student {job.network} is not finite after epoch "
+            f"{epoch + 1}; --mixed_precision {job.precision} may be too coarse, try no"
+        )

@@ -1,20 +1,35 @@
-"""Classifiers by name: ``convnet<d>``, ``resnet18``, ``torchvision:<name>``; observers and students alike."""
+"""Classifiers by name, observers and students alike: `NETWORKS`, ``convnet<d>``, ``torchvision:<name>``, and students
+by a transformers config."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from typing import Any, Literal
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchvision import models
 
 from ddgen.errors import UserError
+from ddgen.observer import architectures
+from ddgen.observer.architectures import Norm
 
-Norm = Literal["batch", "instance", "none"]
+NETWORKS: dict[str, Callable[[int, int, Norm], nn.Module]] = {
+    "resnet18": partial(architectures.resnet, 18),
+    "resnet50": partial(architectures.resnet, 50),
+    "resnet_ap10": architectures.resnet_ap10,
+    "vgg11": architectures.vgg11,
+    "mobilenet_v2": architectures.mobilenet_v2,
+    "efficientnet_b0": architectures.efficientnet_b0,
+    "vit": lambda num_classes, image_size, norm: architectures.vit(num_classes, image_size),
+    "swin": lambda num_classes, image_size, norm: architectures.swin(num_classes, image_size),
+}
+"""Name -> (number of classes, image size, norm) -> network; vit and swin have layer norms, whatever is asked for."""
 
-SMALL_STEM_BELOW = 128  # pixels; below, ResNet-18 keeps the resolution of its input in the stem
+CONVNET_WIDTH = 128
 
 
 class Classifier(nn.Module):
@@ -47,17 +62,18 @@ def build_network(
     image_size: int,
     *,
     norm: Norm = "batch",
-    width: int = 128,
+    width: int = CONVNET_WIDTH,
     setting: str = "--observer_network",
 ) -> Classifier:
     """Builds a classifier with freshly drawn weights (from torch's global generator).
 
     Args:
-        name: ``convnet<d>``, ``resnet18`` or ``torchvision:<name>``.
+        name: A name of `NETWORKS`, ``convnet<d>`` or ``convnet<d>w<width>``, ``torchvision:<name>``, or, as a student,
+            ``transformers:<folder or hub id of a config>``.
         num_classes: Number of logits.
         image_size: Side of the square images it will see.
-        norm: Normalisation layers; torchvision's networks have their own, so only "batch" goes with them.
-        width: Channels of a ConvNet.
+        norm: What stands where a network has batch norms.
+        width: Channels of a ConvNet whose name does not say.
         setting: The flag an error names.
 
     Returns:
@@ -66,15 +82,23 @@ def build_network(
     Raises:
         UserError: Unknown name, or a network that cannot take images of this size.
     """
-    if match := re.fullmatch(r"convnet(\d+)", name):
-        return _convnet(int(match[1]), num_classes, image_size, norm, width, setting)
-    if name == "resnet18":
-        return _resnet18(num_classes, image_size, norm)
-    if name.startswith("torchvision:"):
-        if norm != "batch":
-            raise UserError(f"{setting} {name}: no {norm}-norm version; use convnet<d> or resnet18")
-        return _torchvision(name, num_classes, image_size, setting)
-    raise UserError(f"{setting} {name}: unknown network; use convnet<d> (convnet3), resnet18 or torchvision:<name>")
+    if match := re.fullmatch(r"convnet(\d+)(?:w(\d+))?", name):
+        depth = int(match[1])
+        _check_depth(name, depth, image_size, setting)
+        network: nn.Module = architectures.convnet(depth, num_classes, image_size, norm, int(match[2] or width))
+        return _classifier(network, name, num_classes, setting)
+    if name in NETWORKS:
+        network = _built(partial(NETWORKS[name], num_classes, image_size, norm), name, image_size, setting)
+    elif name.startswith("torchvision:"):
+        network = architectures.replace_batch_norm(_torchvision(name, num_classes, image_size, setting), norm)
+    elif name.startswith("transformers:"):
+        network = architectures.replace_batch_norm(_transformers(name, num_classes, image_size, setting), norm)
+    else:
+        names = f"convnet<d> (convnet3), {', '.join(NETWORKS)} or torchvision:<name>"
+        raise UserError(f"{setting} {name}: unknown network; use {names}")
+    classifier = _classifier(network, name, num_classes, setting)
+    _check_takes(classifier, name, image_size, setting)
+    return classifier
 
 
 def uses_channels_last(network: nn.Module, device: torch.device) -> bool:
@@ -95,61 +119,22 @@ def last_linear(network: nn.Module, num_classes: int) -> tuple[str, nn.Linear] |
     return found[-1] if found else None
 
 
-def _norm_layer(norm: Norm, channels: int) -> nn.Module:
-    if norm == "batch":
-        return nn.BatchNorm2d(channels)
-    if norm == "instance":
-        return nn.GroupNorm(channels, channels)  # affine, as in dataset distillation's ConvNet
-    return nn.Identity()
-
-
-def _convnet(depth: int, num_classes: int, image_size: int, norm: Norm, width: int, setting: str) -> Classifier:
-    """ConvNet-d (Gidaris and Komodakis, 2018; Zhao et al., 2021): d blocks of conv, norm, ReLU, average pool."""
-    side = image_size >> depth
-    if depth < 1 or side < 1:
+def _check_depth(name: str, depth: int, image_size: int, setting: str) -> None:
+    if depth < 1 or image_size >> depth < 1:
         most = image_size.bit_length() - 1
         raise UserError(
-            f"{setting} convnet{depth}: every block halves the side, so {image_size} px images take 1 to {most} blocks"
+            f"{setting} {name}: every block halves the side, so {image_size} px images take 1 to {most} blocks"
             f"; use convnet{max(1, min(depth, most))}"
         )
-    layers: list[nn.Module] = []
-    for block in range(depth):
-        layers.append(nn.Conv2d(3 if block == 0 else width, width, kernel_size=3, padding=1))
-        layers.append(_norm_layer(norm, width))
-        layers.append(nn.ReLU(inplace=True))
-        layers.append(nn.AvgPool2d(2))
-    return Classifier(nn.Sequential(*layers, nn.Flatten()), nn.Linear(width * side * side, num_classes))
 
 
-def _resnet18(num_classes: int, image_size: int, norm: Norm) -> Classifier:
-    """ResNet-18 (He et al., 2016); small images get a 3x3 stride-1 stem without max-pool ("modified")."""
-    network = models.resnet18(
-        weights=None, num_classes=num_classes, norm_layer=lambda channels: _norm_layer(norm, channels)
-    )
-    if image_size < SMALL_STEM_BELOW:
-        network.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
-        nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
-        network.maxpool = nn.Identity()
-    return _split(network, network.fc, "fc")
-
-
-def _torchvision(name: str, num_classes: int, image_size: int, setting: str) -> Classifier:
+def _torchvision(name: str, num_classes: int, image_size: int, setting: str) -> nn.Module:
     short = name.removeprefix("torchvision:")
     known = models.list_models(module=models)
     if short not in known:
         close = difflib.get_close_matches(short, known, n=1)
         hint = f"did you mean torchvision:{close[0]}?" if close else "see torchvision.models.list_models()"
         raise UserError(f"{setting} {name}: not a torchvision classifier; {hint}")
-    network = _build_torchvision(name, short, num_classes, image_size, setting)
-    head = last_linear(network, num_classes)
-    if head is None:
-        raise UserError(f"{setting} {name}: it ends in no linear layer, so it has no features; use resnet18")
-    classifier = _split(network, head[1], head[0])
-    _check_takes(classifier, name, image_size, setting)
-    return classifier
-
-
-def _build_torchvision(name: str, short: str, num_classes: int, image_size: int, setting: str) -> nn.Module:
     extra: dict[str, Any] = {}
     if short in ("googlenet", "inception_v3"):
         extra = {"aux_logits": False, "init_weights": True}  # auxiliary heads would change what forward returns
@@ -157,15 +142,43 @@ def _build_torchvision(name: str, short: str, num_classes: int, image_size: int,
         extra = {"image_size": image_size}
     elif short == "maxvit_t":
         extra = {"input_size": (image_size, image_size)}
+    build = partial(models.get_model, short, weights=None, num_classes=num_classes, **extra)
+    return _built(build, name, image_size, setting)
+
+
+def _transformers(name: str, num_classes: int, image_size: int, setting: str) -> nn.Module:
+    """Builds a transformers image classifier from its config alone, for the images and classes at hand."""
+    source = name.removeprefix("transformers:")
+    if setting != "--students":
+        raise UserError(f"{setting} {name}: only students are built from a config; give a trained one with --observer")
+    from transformers import AutoConfig, AutoModelForImageClassification
+
     try:
-        network: nn.Module = models.get_model(short, weights=None, num_classes=num_classes, **extra)
+        config = AutoConfig.from_pretrained(source, num_labels=num_classes)
+    except (OSError, ValueError, KeyError) as error:
+        cause = " ".join(str(error).split())[:200]
+        raise UserError(f"{setting} {name}: no config of a transformers model there: {cause}") from None
+    if hasattr(config, "image_size"):
+        config.image_size = image_size
+    try:
+        model = AutoModelForImageClassification.from_config(config)
+    except ValueError:
+        raise UserError(f"{setting} {name}: transformers has no image classifier of this config") from None
+    return architectures.TransformersLogits(model)
+
+
+def _built(build: Callable[[], nn.Module], name: str, image_size: int, setting: str) -> nn.Module:
+    try:
+        return build()
     except (AssertionError, ValueError):
         raise _wrong_size(name, image_size, setting) from None
-    return network
 
 
 def _check_takes(classifier: Classifier, name: str, image_size: int, setting: str) -> None:
-    """Runs one empty image through, so that a wrong size is found before an epoch is spent."""
+    """Runs one empty image through, so that a wrong size is found before an epoch is spent.
+
+    Instance norm refuses a single pixel, of which it would make zero.
+    """
     was_training = classifier.training
     try:
         with torch.no_grad():
@@ -177,11 +190,16 @@ def _check_takes(classifier: Classifier, name: str, image_size: int, setting: st
 
 
 def _wrong_size(name: str, image_size: int, setting: str) -> UserError:
-    return UserError(f"{setting} {name}: it cannot take {image_size} px images; set --observer_input_size (often 224)")
+    cure = "set --observer_input_size (often 224)" if setting == "--observer_network" else "take another student"
+    return UserError(f"{setting} {name}: it cannot take {image_size} px images; {cure}")
 
 
-def _split(network: nn.Module, head: nn.Linear, head_name: str) -> Classifier:
+def _classifier(network: nn.Module, name: str, num_classes: int, setting: str) -> Classifier:
     """Takes the last linear layer out of a network."""
+    found = last_linear(network, num_classes)
+    if found is None:
+        raise UserError(f"{setting} {name}: it ends in no linear layer, so it has no features; use resnet18")
+    head_name, head = found
     parent_name, _, attribute = head_name.rpartition(".")
     setattr(network.get_submodule(parent_name), attribute, nn.Identity())
     return Classifier(network, head)

@@ -1,0 +1,147 @@
+"""What students train on: the distilled images, the baselines, and all real images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ddgen.checkpoint import read_json, write_json
+from ddgen.data import ImageDataset
+from ddgen.distill.dataset import DistilledDataset, encode_png
+from ddgen.evaluation.baselines import BY_FEATURES, by_features, random_real
+from ddgen.evaluation.batches import TrainingImages
+from ddgen.evaluation.cells import digest
+from ddgen.evaluation.rows import FULL_REAL
+from ddgen.observer.observer import Observer, predict_pixels
+from ddgen.seeds import derive
+
+FULL_EPOCHS = 30  # of students on all real images; the protocols' own are made for a few images a class
+_MEASURED_IMAGES = 1000
+
+
+@dataclass(frozen=True)
+class Source:
+    """Images for the students of one row.
+
+    Attributes:
+        name: One of `IMAGE_SOURCES`.
+        draw: repeat -> images.
+        ipc: Images per class, the most where classes differ.
+        content: What stands for the images in a cell's key; None digests them.
+        repeats: At most so many students.
+        epochs: At most so many epochs.
+    """
+
+    name: str
+    draw: Callable[[int], TrainingImages]
+    ipc: int
+    content: str | None = None
+    repeats: int | None = None
+    epochs: int | None = None
+
+
+def distilled_source(rounds: Sequence[DistilledDataset]) -> Source:
+    """Returns the images to judge; where a generator ran several rounds, repeat r takes the r-th."""
+
+    def draw(repeat: int) -> TrainingImages:
+        found = rounds[repeat % len(rounds)]
+        factor = int(found.provenance.get("factor", 1))
+        return TrainingImages(found.pixels, found.labels, found.soft_labels, factor)
+
+    return Source("distilled", draw, rounds[0].ipc)
+
+
+def baseline_sources(
+    names: Sequence[str],
+    distilled: DistilledDataset,
+    random_generated: tuple[Tensor, Tensor] | None,
+    train: ImageDataset,
+    observer: Observer | None,
+    *,
+    seed: int,
+    device: torch.device,
+    precision: str,
+    cache_dir: Path,
+) -> list[Source]:
+    """Returns the baselines, each with as many images of every class as the distilled dataset.
+
+    Args:
+        names: Of baselines, as in `EvaluateConfig.baselines`.
+        distilled: The dataset to judge.
+        random_generated: Generated images that nobody selected, or None where there are none.
+        train: Real training images.
+        observer: In whose features herding and k-center work.
+        seed: Of random draws.
+        device: Where features are computed.
+        precision: Autocast precision.
+        cache_dir: Where it is kept what herding and k-center chose.
+
+    Raises:
+        UserError: A class of the real images is too small.
+    """
+    counts = torch.bincount(distilled.labels, minlength=len(distilled.class_names)).tolist()
+    ipc, found = distilled.ipc, []
+    if "random-generated" in names and random_generated is not None:
+        generated = TrainingImages(*random_generated)
+        found.append(Source("random generated", lambda repeat: generated, ipc))
+    if "random-real" in names:
+
+        def draw(repeat: int) -> TrainingImages:
+            return TrainingImages(*random_real(train, counts, derive(seed, "repeat", repeat)))
+
+        draw(0)  # a class that is too small is found now
+        found.append(Source("random real", draw, ipc))
+    for name in BY_FEATURES:
+        if name in names:
+            assert observer is not None
+            chosen = _chosen(name, train, counts, observer, device, precision, cache_dir)
+            images = TrainingImages(train.pixels[chosen].clone(), train.labels[chosen].clone())
+            found.append(Source(name, lambda repeat, images=images: images, ipc))  # type: ignore[misc]
+    return found
+
+
+def full_source(train: ImageDataset) -> Source:
+    """Returns all real training images; one student, and few epochs, which the report states."""
+    images = TrainingImages(train.pixels, train.labels)
+    ipc = max(1, len(train) // train.num_classes)
+    return Source(FULL_REAL, lambda repeat: images, ipc, train.fingerprint, repeats=1, epochs=FULL_EPOCHS)
+
+
+def with_soft_labels(
+    images: TrainingImages, observer: Observer, *, device: torch.device, precision: str
+) -> TrainingImages:
+    """Gives images the observer's probabilities, as sample.py gives them to the kept ones at temperature 1."""
+    logits = predict_pixels(observer, images.pixels, what="logits", batch_size=256, device=device, precision=precision)
+    return replace(images, soft_labels=torch.softmax(logits.double(), dim=1).half())
+
+
+def png_bytes(pixels: Tensor) -> int:
+    """Returns what images uint8 (n, 3, h, w) take as PNG files, one each, written as the distilled folder's are.
+
+    Of more than a thousand, a thousand evenly spread ones are measured.
+    """
+    step = max(1, len(pixels) // _MEASURED_IMAGES)
+    measured = pixels[::step]
+    return round(sum(len(encode_png(image)) for image in measured) * len(pixels) / len(measured))
+
+
+def _chosen(
+    name: str,
+    train: ImageDataset,
+    counts: list[int],
+    observer: Observer,
+    device: torch.device,
+    precision: str,
+    cache_dir: Path,
+) -> Tensor:
+    key = [name, train.fingerprint, observer.fingerprint, counts, precision, device.type]
+    path = cache_dir / f"{name}-{digest(json.dumps(key).encode())}.json"
+    if not path.is_file():
+        chosen = by_features(train, counts, name, observer, device=device, precision=precision)
+        write_json(path, {"key": key, "chosen": chosen.tolist()})
+    return torch.tensor(read_json(path)["chosen"], dtype=torch.int64)
