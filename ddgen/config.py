@@ -29,6 +29,8 @@ DatasetName = Literal[
     "digits", "cifar10", "cifar100", "tinyimagenet", "imagenette", "imagewoof", "imagenet1k", "imagefolder", "parquet"
 ]
 Precision = Literal["no", "bf16", "fp16"]
+FAST: dict[str, Any] = {"sampler": "unipc", "num_inference_steps": 8}
+"""What --fast stands for; docs/sampling.md says what it costs and gives."""
 Sampler = Literal["ddim", "dpmsolver++", "unipc", "heun", "ipndm"]
 Selection = Literal[
     "realism",
@@ -307,6 +309,8 @@ class SampleConfig:
     budget_seconds: float | None = None
     """Generate candidates for so many seconds, loading not counted, one of each class in turn; a stopped command goes
     on with the seconds that are left. Every process has all of them."""
+    fast: bool = False
+    """UniPC in 8 steps; --sampler and --num_inference_steps stand over it."""
     num_inference_steps: int | None = None
     """Sampler steps. Default: the run's."""
     guidance_scale: float | None = None
