@@ -60,7 +60,7 @@ def generator() -> Generator:
     unet = random_unet(0).to(memory_format=memory_format(CPU, "no"))
     vae = PatchAutoencoderKL(latent_channels=4, downsample=4, block_out_channels=())
     autoencoder = wrap(vae, CPU, "no").with_statistics(torch.arange(4.0) / 10, torch.arange(1.0, 5.0))
-    sampling = GuidanceConfig(num_inference_steps=6, guidance_scale=2.0)
+    sampling = GuidanceConfig(num_inference_steps=6, guidance_scale=2.0, sampler="ddim")
     return Generator(unet, autoencoder, scheduler_of("v_prediction"), NAMES, 16, sampling, "no")
 
 
@@ -382,6 +382,8 @@ def test_fast_is_a_sampler_and_steps_over_which_flags_stand(generator: Generator
         return found.sampler, found.num_inference_steps
 
     assert sampling() == (generator.sampling.sampler, generator.sampling.num_inference_steps)
+    assert sampling(sampler="ipndm") == ("ipndm", 15) and sampling(sampler="ddim") == ("ddim", 6)
+    assert sampling(sampler="unipc", num_inference_steps=9) == ("unipc", 9)
     assert sampling(fast=True) == (FAST["sampler"], FAST["num_inference_steps"])
     assert sampling(fast=True, num_inference_steps=12) == (FAST["sampler"], 12)
     assert sampling(fast=True, sampler="heun") == ("heun", FAST["num_inference_steps"])

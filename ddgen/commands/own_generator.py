@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ddgen.config import FAST, SampleConfig
+from ddgen.config import FAST, STEPS, SampleConfig
 from ddgen.diffusion.autoguidance import load_guide
 from ddgen.diffusion.generator import Generator, check_sampling, load_generator
 from ddgen.errors import UserError
@@ -28,6 +28,8 @@ def own_generator(config: SampleConfig, path: Path, device: torch.device, precis
     generator = load_generator(path, device, precision)
     if config.fast:
         generator = generator.with_sampling(**FAST)
+    elif config.sampler not in (None, generator.sampling.sampler):
+        generator = generator.with_sampling(num_inference_steps=STEPS[config.sampler])
     generator = generator.with_sampling(
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale,
