@@ -11,7 +11,15 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from ddgen.config import EvaluateConfig, SampleConfig, TrainConfig, TrainObserverConfig, parse
+from ddgen.config import (
+    EvaluateConfig,
+    ExportConfig,
+    ReportConfig,
+    SampleConfig,
+    TrainConfig,
+    TrainObserverConfig,
+    parse,
+)
 from ddgen.errors import Stopped, UserError
 from ddgen.launch import start_asked_for_processes, stop_with_launcher
 
@@ -20,6 +28,8 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
     "observer": (TrainObserverConfig, "train:train_observer_alone", "train an observer alone"),
     "sample": (SampleConfig, "sample:sample", "generate candidates, keep the most realistic, relabel them"),
     "evaluate": (EvaluateConfig, "evaluate:evaluate", "score students trained on a distilled dataset on real images"),
+    "report": (ReportConfig, "report:report", "write a run's report, one HTML page"),
+    "export": (ExportConfig, "export:export", "write a distilled dataset in the format of a challenge or benchmark"),
 }
 """Name -> settings, where the function is in ddgen.commands, and what it does."""
 

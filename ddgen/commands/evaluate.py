@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ddgen.checkpoint import write_json
 from ddgen.commands.runs import (
+    command_line,
     find_run,
     load_on_all,
     observer_dir,
@@ -20,31 +23,39 @@ from ddgen.config import (
     DataConfig,
     EvaluateConfig,
 )
-from ddgen.distill.dataset import DistilledDataset, update_results
+from ddgen.distill.dataset import DistilledDataset, read_manifest, update_results, versions
+from ddgen.distill.foreign_dataset import ForeignDataset, check_source, read_dataset
 from ddgen.errors import UserError
 from ddgen.evaluation.evaluate import evaluate as evaluate_students
+from ddgen.evaluation.page import write_page_of
+from ddgen.evaluation.page_run import PROVENANCE_NAME
 from ddgen.evaluation.report import format_table
 from ddgen.observer.observer import Observer
 
 
 def evaluate(config: EvaluateConfig) -> int:
-    """Trains students on the distilled images and on the baselines; writes results.json, a table and a figure."""
+    """Trains students on the distilled images and on the baselines; writes results.json, a table, a figure, a page."""
     run_dir, distilled_dir = _what_to_evaluate(config)
+    source = config.distilled_dir or str(distilled_dir)
+    check_source(source) if config.distilled_dir is not None else read_manifest(distilled_dir)
     output_dir = _evaluation_dir(config, run_dir, distilled_dir)
     accelerator, precision = start_accelerator(config.mixed_precision)
     if accelerator.num_processes > 1:
         raise UserError(f"evaluate.py runs in one process, not {accelerator.num_processes}: start it with python")
-    distilled = DistilledDataset.load(distilled_dir)
     data = _evaluation_data(config, run_dir)
     train_images, test_images = (load_on_all(accelerator, data, split) for split in ("train", "test"))
-    source = config.observer or (observer_dir(run_dir) if run_dir is not None else None)
-    observer = Observer.load(source, distilled.class_names) if source is not None else None
+    distilled = read_dataset(source, train_images)
+    teacher = config.observer or (observer_dir(run_dir) if run_dir is not None else None)
+    observer = Observer.load(teacher, distilled.class_names) if teacher is not None else None
     students = config.students or _default_students(observer)
     if config.dry_run:
-        print(f"dry run: {', '.join(students)} x {', '.join(config.protocols)} x {config.repeats} on {distilled_dir}")
+        print(f"dry run: {', '.join(students)} x {', '.join(config.protocols)} x {config.repeats} on {source}")
         return 0
-    print(f"evaluating {distilled_dir} on the {len(test_images):,} test images of {test_images.name}")
-    generated = _load_random_generated(run_dir, distilled_dir)
+    for remark in distilled.remarks if isinstance(distilled, ForeignDataset) else ():
+        print(f"{source}: {remark}")
+    print(f"evaluating {source} on the {len(test_images):,} test images of {test_images.name}")
+    ours = isinstance(distilled, DistilledDataset)
+    generated = _load_random_generated(run_dir if ours else None, distilled_dir)
     results = evaluate_students(
         distilled,
         train_images,
@@ -61,13 +72,27 @@ def evaluate(config: EvaluateConfig) -> int:
         output_dir=output_dir,
         random_generated=(generated["pixels"], generated["labels"]) if generated else None,
     )
-    update_results(distilled_dir, results.to_dict())
+    write_json(output_dir / PROVENANCE_NAME, _provenance(source, distilled))
+    if isinstance(distilled, DistilledDataset):
+        update_results(distilled_dir, results.to_dict())
+    page = write_page_of(run_dir, output_dir)
     print(format_table(results))
     print(f"results:           {output_dir / 'results.json'}")
     print(f"figure:            {output_dir / 'accuracy.png'}")
-    print(f"distilled dataset: {distilled_dir}")
-    print(f"preview:           {distilled_dir / 'preview.png'}")
+    print(f"report:            {page}")
+    print(f"distilled dataset: {source}")
     return 0
+
+
+def _provenance(source: str, distilled: DistilledDataset | ForeignDataset) -> dict[str, object]:
+    """What the page tells of an evaluation beside its results."""
+    return {
+        "distilled_dir": source,
+        "remarks": list(distilled.remarks) if isinstance(distilled, ForeignDataset) else [],
+        "command": command_line(),
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions(),
+    }
 
 
 def _load_random_generated(run_dir: Path | None, distilled_dir: Path) -> dict[str, Tensor] | None:
@@ -98,10 +123,17 @@ def _what_to_evaluate(config: EvaluateConfig) -> tuple[Path | None, Path]:
 def _evaluation_dir(config: EvaluateConfig, run_dir: Path | None, distilled_dir: Path) -> Path:
     if config.output_dir is None and run_dir is None:
         raise UserError("--output_dir: not set; say where the results of a dataset outside any run go")
-    output_dir = Path(config.output_dir or (run_dir or Path()) / "evaluation" / distilled_dir.name)
+    output_dir = Path(config.output_dir or (run_dir or Path()) / "evaluation" / _evaluation_name(config, distilled_dir))
     if (output_dir / "results.json").exists() and not config.overwrite:
         raise UserError(f"--output_dir {output_dir}: has results already; give another, or --overwrite to replace them")
     return output_dir
+
+
+def _evaluation_name(config: EvaluateConfig, distilled_dir: Path) -> str:
+    """Names the folder of results; a hub id's owner belongs to its name."""
+    if config.distilled_dir is not None and not distilled_dir.exists():
+        return config.distilled_dir.replace("/", "--")
+    return distilled_dir.resolve().stem if distilled_dir.is_file() else distilled_dir.resolve().name
 
 
 def _evaluation_data(config: EvaluateConfig, run_dir: Path | None) -> DataConfig:

@@ -19,6 +19,7 @@ from ddgen.checkpoint import read_json, write_json
 from ddgen.data import ImageDataset
 from ddgen.data.classes import check_class_order
 from ddgen.distill.dataset import DistilledDataset, encode_png
+from ddgen.distill.foreign_dataset import ForeignDataset
 from ddgen.errors import UserError
 from ddgen.evaluation.baselines import random_real
 from ddgen.evaluation.protocols import Protocol, get_protocol
@@ -59,7 +60,7 @@ class _Setting:
 
 
 def evaluate(
-    distilled: DistilledDataset,
+    distilled: DistilledDataset | ForeignDataset,
     train: ImageDataset,
     test: ImageDataset,
     *,
@@ -141,7 +142,7 @@ def evaluate(
 
 
 def _sources(
-    distilled: DistilledDataset,
+    distilled: DistilledDataset | ForeignDataset,
     random_generated: tuple[Tensor, Tensor] | None,
     train: ImageDataset,
     ipc: int,
@@ -162,7 +163,7 @@ def png_bytes(pixels: Tensor) -> int:
 
 
 def _check(
-    distilled: DistilledDataset,
+    distilled: DistilledDataset | ForeignDataset,
     train: ImageDataset,
     test: ImageDataset,
     observer: Observer | None,
@@ -198,7 +199,7 @@ def _check(
 
 
 def _check_sizes(
-    distilled: DistilledDataset,
+    distilled: DistilledDataset | ForeignDataset,
     train: ImageDataset,
     test: ImageDataset,
     random_generated: tuple[Tensor, Tensor] | None,
