@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -28,6 +28,7 @@ from ddgen.distill.foreign_dataset import ForeignDataset, check_source, read_dat
 from ddgen.errors import UserError
 from ddgen.evaluation.evaluate import evaluate as evaluate_students
 from ddgen.evaluation.page import write_page_of
+from ddgen.evaluation.page_neighbours import NEIGHBOURS_NAME, save_neighbours
 from ddgen.evaluation.page_run import PROVENANCE_NAME
 from ddgen.evaluation.report import format_table
 from ddgen.observer.observer import Observer
@@ -75,6 +76,9 @@ def evaluate(config: EvaluateConfig) -> int:
     write_json(output_dir / PROVENANCE_NAME, _provenance(source, distilled))
     if isinstance(distilled, DistilledDataset):
         update_results(distilled_dir, results.to_dict())
+        if observer is not None:
+            neighbours = output_dir / NEIGHBOURS_NAME
+            save_neighbours(distilled, train_images, observer, neighbours, device=accelerator.device)
     page = write_page_of(run_dir, output_dir)
     print(format_table(results))
     print(f"results:           {output_dir / 'results.json'}")
@@ -90,7 +94,7 @@ def _provenance(source: str, distilled: DistilledDataset | ForeignDataset) -> di
         "distilled_dir": source,
         "remarks": list(distilled.remarks) if isinstance(distilled, ForeignDataset) else [],
         "command": command_line(),
-        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
     }
 

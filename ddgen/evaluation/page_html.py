@@ -71,7 +71,7 @@ code { overflow-wrap: anywhere; }
 figure { margin: 1rem 0 1.5rem; }
 figure > img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: 2px; }
 figcaption { max-width: 44rem; margin-top: .45rem; }
-figure.curve svg { display: block; width: 100%; max-width: 36rem; height: auto; color: var(--ink); }
+figure.curve > svg { display: block; width: 100%; max-width: 36rem; height: auto; color: var(--ink); }
 .key { white-space: nowrap; margin-right: .9rem; }
 .key svg { vertical-align: middle; margin-right: .35rem; }
 .images { list-style: none; margin: .2rem 0 .2rem; padding: 0; display: grid; gap: .5rem;
@@ -136,11 +136,11 @@ def table(
         rows: The first cell heads its row.
         ours: Numbers of the rows that stand out.
     """
-    head = "".join(f'<th scope="col"{_class(cell)}>{cell.html}</th>' for cell in header)
+    head = "".join(f'<th scope="col"{_number(cell)}>{cell.html}</th>' for cell in header)
     body = "\n".join(
-        f"<tr{' class="ours"' if index in ours else ''}>"
-        + f'<th scope="row"{_class(row[0])}>{row[0].html}</th>'
-        + "".join(f"<td{_class(cell)}>{cell.html}</td>" for cell in row[1:])
+        ('<tr class="ours">' if index in ours else "<tr>")
+        + f'<th scope="row"{_number(row[0])}>{row[0].html}</th>'
+        + "".join(f"<td{_number(cell)}>{cell.html}</td>" for cell in row[1:])
         + "</tr>"
         for index, row in enumerate(rows)
     )
@@ -158,7 +158,8 @@ def definitions(pairs: Iterable[tuple[str, object]]) -> str:
 
 def paragraph(content: str, kind: str = "") -> str:
     """Returns a paragraph of plain text."""
-    return f"<p{f' class="{kind}"' if kind else ''}>{esc(content)}</p>"
+    opening = f'<p class="{kind}">' if kind else "<p>"
+    return f"{opening}{esc(content)}</p>"
 
 
 def figure(data: str, alt: str, caption: str, size: tuple[int, int]) -> str:
@@ -191,7 +192,10 @@ def data_uri(image: Image.Image, *, lossless: bool) -> str:
 def section(name: str, title: str, parts: Sequence[str]) -> str:
     """Returns a section that the contents can point to; nothing where all parts are empty."""
     content = "\n".join(part for part in parts if part)
-    return f'<section id="{name}" aria-labelledby="{name}-title">\n<h2 id="{name}-title">{esc(title)}</h2>\n{content}\n</section>' if content else ""  # fmt: skip  # noqa: E501
+    if not content:
+        return ""
+    opening = f'<section id="{name}" aria-labelledby="{name}-title">\n<h2 id="{name}-title">'
+    return f"{opening}{esc(title)}</h2>\n{content}\n</section>"
 
 
 def document(title: str, lead: str, sections: Sequence[tuple[str, str, str]], footer: str) -> str:
@@ -229,5 +233,5 @@ def document(title: str, lead: str, sections: Sequence[tuple[str, str, str]], fo
 """
 
 
-def _class(cell: Cell) -> str:
+def _number(cell: Cell) -> str:
     return ' class="number"' if cell.number else ""
