@@ -20,6 +20,7 @@ from ddgen import cli
 from ddgen.checkpoint import write_json
 from ddgen.distill.dataset import DistilledDataset
 from ddgen.evaluation.page import write_page, write_page_of
+from ddgen.evaluation.page_classes import class_parts
 from ddgen.evaluation.page_html import STYLE, Cell, table
 from ddgen.evaluation.page_neighbours import NEIGHBOURS_NAME, save_neighbours
 from ddgen.evaluation.page_pictures import curve, rejected_path, save_rejected
@@ -145,7 +146,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for protocol in ("rded", "hard")
         for student in ("convnet3", "resnet18")
     ]
-    write_json(run / "evaluation" / "ipc2" / "results.json", results(rows, dd_ranking={"hlr": 0.1234}))
+    write_json(run / "evaluation" / "ipc2" / "results.json", results(rows, rank_correlation={"architectures": 0.1234}))
     provenance = {"distilled_dir": "x", "remarks": ["Order <i>taken</i>."], "command": "python evaluate.py --ipc 2"}
     write_json(run / "evaluation" / "ipc2" / "provenance.json", provenance | {"versions": {"torch": "9.9"}})
     pixels = torch.zeros(3, 3, 8, 8, dtype=torch.uint8)
@@ -208,6 +209,33 @@ def test_observers_stand_down_and_students_across() -> None:
     assert head == ["images", "resnet18", "vit"]
     assert first[0] == "distilledobserver convnet3" and second[0] == "distilledobserver resnet18"
     assert [cell[:4] for cell in (*first[1:], *second[1:])] == ["11.0", "12.0", "21.0", "22.0"]
+
+
+def test_recipes_classes_and_scores_of_a_full_evaluation() -> None:
+    matrix = [[7, 1, 0], [2, 6, 0], [0, 0, 8]]
+    rows = [
+        row("distilled", "soft", teacher="convnet3", recall=[0.111, 0.222, 0.333], confusion=matrix),
+        row("distilled", "soft", teacher="resnet18", recall=[0.444, 0.555, 0.666], top5_scores=[0.91, 0.92]),
+        row("distilled", "own", teacher=None),
+    ]  # fmt: skip
+    more = {
+        "teacher": None, "teachers": {"convnet3": 0.801, "resnet18": 0.902},
+        "protocols": {"own": {"title": "my own recipe"}},
+        "cross_architecture": [{"protocol": "soft", "images": "distilled", "observers": ["convnet3", "resnet18"],
+                                "students": ["vit"], "mean": [[0.345], [0.456]], "std": [[0.012], [None]]}],
+        "dd_ranking": [{"student": "vit", "protocol": "soft", "hlr": None, "ior": 0.0765, "lrs": None, "ars": 0.3876}],
+    }  # fmt: skip
+    shown = EvaluatedSet("ipc2", results=results(rows, **more))
+    page = Page("".join([*result_parts(shown), *class_parts(shown.results, ("x", "y", "z"))]))
+    for expected in ("teacher convnet3, itself 80.1", "teacher resnet18, itself 90.2", "own: my own recipe."):
+        assert expected in page.words
+    assert [line for line in page.rows if line[0] == "observer"] == [["observer", "vit"]]
+    assert ["convnet3", "34.5 ± 1.2"] in page.rows and ["resnet18", "45.6"] in page.rows
+    assert ["vit", "soft", "0.0765", "0.3876"] in page.rows  # and no column for what was not measured
+    assert ["y", "22.2", "55.5"] in page.rows
+    assert ["y", "2", "6", "0"] in page.rows
+    soft, own = ([line[0] for line in page.rows[start : start + size]] for start, size in ((1, 2), (4, 1)))
+    assert soft == ["distilledobserver convnet3", "distilledobserver resnet18"] and own == ["distilled"]
 
 
 def test_many_columns_become_a_table_per_protocol() -> None:

@@ -14,6 +14,7 @@ from ddgen.checkpoint import write_bytes
 from ddgen.distill.dataset import DistilledDataset
 from ddgen.errors import UserError
 from ddgen.evaluation.curve import best_point, describe, read_curves
+from ddgen.evaluation.page_classes import class_parts
 from ddgen.evaluation.page_html import definitions, document, esc, number, paragraph, section, table, text
 from ddgen.evaluation.page_neighbours import neighbours_of
 from ddgen.evaluation.page_pictures import (
@@ -119,7 +120,8 @@ def _results(run: RunRecord) -> list[str]:
     parts = [comparison(scored)]
     for shown in scored:
         title = f"<h3>{esc(shown.name)}</h3>" if len(scored) > 1 else ""
-        parts += [title, *result_parts(shown)]
+        names = shown.manifest.get("class_names") or run.dataset.get("class_names") or []
+        parts += [title, *result_parts(shown), *class_parts(shown.results, names)]
     return parts
 
 
@@ -236,7 +238,8 @@ def _recipes(run: RunRecord) -> list[str]:
         provenance = shown.manifest["provenance"]
         parts.append(f"<h3>{esc(shown.name)}</h3>" if len(known) > 1 else "")
         recipe = [(str(name), _value(value)) for name, value in provenance["recipe"].items()]
-        parts.append(definitions([*recipe, *_selection(provenance.get("selection") or {})]))
+        selection = provenance.get("selection") or {}
+        parts += [definitions([*recipe, *_selection(selection)]), _selection_table(selection.get("table") or {})]
     return parts
 
 
@@ -252,6 +255,17 @@ def _selection(found: Mapping[str, Any]) -> list[tuple[str, object]]:
         if pool is not None and kept is not None:
             pairs.append((title, f"{form.format(kept)} of the kept, {form.format(pool)} of all candidates"))
     return pairs
+
+
+def _selection_table(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """What distinguishes the kept images from the candidates and others, where the selection was measured."""
+    figures = list(dict.fromkeys(name for row in found.values() for name in row))
+    header = [text("images"), *(number(name.replace("_", " ")) for name in figures)]
+    body = [
+        [text(title), *(number("" if row.get(name) is None else f"{row[name]:.4g}") for name in figures)]
+        for title, row in found.items()
+    ]
+    return table("What the selection chose, means over the classes", header, body) if body else ""
 
 
 def _bytes(run: RunRecord) -> str:

@@ -59,6 +59,8 @@ td small, th small { display: block; color: var(--soft); font-size: .78rem; }
   print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 .bar i { display: block; height: 100%; background: var(--bar); }
 tr.ours .bar i { background: var(--accent); }
+.shade { display: block; margin: -.1rem -.5rem -.1rem 0; padding: .1rem .5rem; print-color-adjust: exact;
+  background: color-mix(in srgb, var(--bar) var(--part), transparent); }
 dl { display: grid; grid-template-columns: minmax(8rem, max-content) 1fr; gap: .3rem 1.25rem; font-size: .9rem;
   line-height: 1.45; margin: .5rem 0 1rem; }
 dt { color: var(--soft); } dd { margin: 0; min-width: 0; }
