@@ -100,7 +100,8 @@ def _lead(run: RunRecord) -> str:
         sentences.append(f"A run on {run.dataset['num_images']:,} images of {len(classes):,} classes.")
     scored = [shown for shown in run.sets if shown.results.get("rows")]
     if scored:
-        sentences.append(_first_score(scored[-1]))
+        own = [shown for shown in scored if shown.manifest]
+        sentences.append(_first_score((own or scored)[-1]))
     return " ".join(sentences)
 
 
@@ -138,8 +139,8 @@ def _images(run: RunRecord) -> list[str]:
         parts.append(
             picture(
                 run.path / "samples" / "nearest_training.png",
-                "Pairs of a generated image and the training image closest to it",
-                "Generated images that are closest to a training image, each beside that image: suspected copies.",
+                "Generated images, each left of the training images nearest to it",
+                "The generated images that are closest to a training image, each left of those nearest to it.",
             )
         )
     return parts

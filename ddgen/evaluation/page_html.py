@@ -55,7 +55,7 @@ tr.ours th, tr.ours td { font-weight: 650; }
 tr.ours small { font-weight: 400; }
 .number { text-align: right; white-space: nowrap; }
 td small, th small { display: block; color: var(--soft); font-size: .78rem; }
-.bar { display: block; height: 3px; margin: .22rem 0 .1rem auto; min-width: 6.5rem; background: var(--faint);
+.bar { display: block; height: 3px; margin: .22rem 0 .1rem auto; min-width: 5rem; background: var(--faint);
   print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 .bar i { display: block; height: 100%; background: var(--bar); }
 tr.ours .bar i { background: var(--accent); }
@@ -91,8 +91,9 @@ figure.curve > svg { display: block; width: 100%; max-width: 36rem; height: auto
 details { margin: .5rem 0 1rem; }
 summary { cursor: pointer; font-size: .9rem; color: var(--accent); padding: .25rem 0; }
 footer { margin-top: 3rem; padding-top: 1rem; padding-bottom: 3rem; }
+@page { margin: 18mm 16mm; }
 @media print {
-  body { font-size: 10pt; } header { padding-top: 0; } nav { display: none; } h2 { margin-top: 1.5rem; }
+  html { font-size: 9pt; } header { padding-top: 0; } nav { display: none; } h2 { margin-top: 1.5rem; }
   h2, h3, h4 { break-after: avoid; } figure, tr, pre { break-inside: avoid; } .scroll { overflow: visible; }
   details::details-content { content-visibility: visible; display: block; block-size: auto; }
   a { color: inherit; text-decoration: none; }
