@@ -313,7 +313,7 @@ def test_sets_are_compared_and_smaller_ones_come_first(finished: Path, tmp_path:
     write_json(run / "evaluation" / "ipc10" / "results.json", results([row("distilled", scores=[0.7712])], ipc=10))
     page, _ = page_of(run, tmp_path)
     lines = [line for line in page.rows if line[0] in ("set", "ipc2", "ipc10")]
-    assert [line[:2] for line in lines[:3]] == [["set", "images per class"], ["ipc2", "2"], ["ipc10", "10"]]
+    assert [line[:2] for line in lines[:3]] == [["set", "per class"], ["ipc2", "2"], ["ipc10", "10"]]
     assert lines[2][2].startswith("77.1")
 
 

@@ -109,10 +109,11 @@ def _first_score(shown: EvaluatedSet) -> str:
     rows = shown.results["rows"]
     first = next((row for row in rows if row["images"] == OURS), rows[0])
     alike = [row for row in rows if (row["protocol"], row["student"]) == (first["protocol"], first["student"])]
-    others = ", ".join(f"{100 * row['mean']:.1f} % on {row['images']} images" for row in alike if row is not first)
+    others = ", ".join(f"{100 * row['mean']:.1f}\u00a0% on {row['images']} images" for row in alike if row is not first)
     return (
         f"A {first['student']} trained on the {first['images']} images of {shown.name} by the {first['protocol']} "
-        f"protocol gets {100 * first['mean']:.1f} % of the real test images right" + (f"; {others}." if others else ".")
+        f"protocol gets {100 * first['mean']:.1f}\u00a0% of the real test images right"
+        + (f"; {others}." if others else ".")
     )
 
 

@@ -47,6 +47,8 @@ nav a { display: inline-block; padding: .2rem 0; }
 table { border-collapse: collapse; font-size: .9rem; line-height: 1.4; font-variant-numeric: tabular-nums;
   min-width: min(100%, 26rem); }
 caption { text-align: left; color: var(--soft); font-size: .86rem; padding-bottom: .4rem; }
+caption span { display: inline-block; position: sticky; left: 0; max-width: min(44rem, calc(100vw - 2.5rem)); }
+thead th:first-child, tbody th { position: sticky; left: 0; background: var(--paper); }
 th, td { padding: .38rem 1.1rem .38rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--rule); }
 th:last-child, td:last-child { padding-right: 0; }
 thead th { border-bottom: 1.5px solid var(--soft); vertical-align: bottom; font-weight: 600; }
@@ -95,6 +97,7 @@ footer { margin-top: 3rem; padding-top: 1rem; padding-bottom: 3rem; }
 @media print {
   html { font-size: 9pt; } header { padding-top: 0; } nav { display: none; } h2 { margin-top: 1.5rem; }
   h2, h3, h4 { break-after: avoid; } figure, tr, pre { break-inside: avoid; } .scroll { overflow: visible; }
+  .images { grid-template-columns: repeat(10, 1fr); }
   details::details-content { content-visibility: visible; display: block; block-size: auto; }
   a { color: inherit; text-decoration: none; }
 }
@@ -150,7 +153,7 @@ def table(
     )
     return (
         f'<div class="scroll" role="region" aria-label="{esc(caption)}" tabindex="0"><table>\n'
-        f"<caption>{esc(caption)}</caption>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>"
+        f"<caption><span>{esc(caption)}</span></caption>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>"
     )
 
 

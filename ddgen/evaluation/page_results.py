@@ -59,7 +59,7 @@ def comparison(sets: Sequence[EvaluatedSet]) -> str:
     }
     keys = list(dict.fromkeys(key for rows in found.values() for key in rows))
     highest = _highest([row for rows in found.values() for row in rows.values()], 0.0)
-    header = [text("set"), number("images per class"), *(_column_head(key) for key in keys)]
+    header = [text("set"), number("per class"), *(_column_head(key) for key in keys)]
     body = [
         [text(shown.name), number(shown.results.get("ipc", "")),
          *(_score(found[shown.name].get(key), highest) for key in keys)]
