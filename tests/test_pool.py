@@ -333,7 +333,7 @@ def test_blank_candidates_are_rejected_before_ranking(tmp_path: Path) -> None:
 def test_confusions_name_the_worst_classes_first() -> None:
     def seen(*predicted: int) -> SelectedClass:
         empty = torch.zeros(0)
-        return SelectedClass(*[empty] * 6, torch.zeros(len(predicted)), torch.tensor(predicted))
+        return SelectedClass(*[empty] * 8, torch.zeros(len(predicted)), torch.tensor(predicted))
 
     classes = [seen(0, 1, 1, 1), seen(1, 1, 2, 0), seen(2, 1, -1, 1), seen(3, 3, 3, 3), seen(0, 0, 0, 0)]
     assert confusions(classes) == [(4, 0, 1.0), (0, 1, 0.75), (2, 1, 0.5)]

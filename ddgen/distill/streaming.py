@@ -23,6 +23,9 @@ from ddgen.observer.realism import RealismScores
 CHUNK = 256
 """Candidates that are read and scored together: a fixed number, so that scores depend on nothing else."""
 
+MOST_REJECTED = 10
+"""Rejected candidates of a class that are remembered, for the report."""
+
 Score = Callable[[Tensor, Tensor], RealismScores]
 """Pixels uint8 (m, 3, h, w) and labels int64 (m,) in, what the observer says of them out."""
 
@@ -38,6 +41,8 @@ class SelectedClass:
         predicted: The class the observer names for each, int64 (n,).
         logits: Its logits, float32 (n, k).
         random: As many candidates drawn at random, uint8 (n, 3, h, w).
+        rejected: The best of those not kept, best first, uint8 (r, 3, h, w).
+        rejected_loss: Their realism losses, float32 (r,).
         all_loss: Losses of all m candidates, float32 (m,); nan for one that shows nothing.
         all_predicted: Classes that the observer names, int64 (m,); -1 for one that shows nothing.
     """
@@ -48,6 +53,8 @@ class SelectedClass:
     predicted: Tensor
     logits: Tensor
     random: Tensor
+    rejected: Tensor
+    rejected_loss: Tensor
     all_loss: Tensor
     all_predicted: Tensor
 
@@ -105,7 +112,8 @@ class StreamingSelection:
         loss, predicted, logits = self._score_all(label, count)
         valid = (predicted >= 0).nonzero().flatten()
         num_kept = self._num_kept(label, count, len(valid))
-        kept = valid[select_most_realistic(loss[valid], num_kept, valid)]
+        ranked = valid[select_most_realistic(loss[valid], len(valid), valid)]
+        kept, rejected = ranked[:num_kept], ranked[num_kept : num_kept + MOST_REJECTED]
         drawn = select_random(count, num_kept, self.pool.seed, label)
         selected = SelectedClass(
             pixels=self.pool.read(label, kept),
@@ -114,6 +122,8 @@ class StreamingSelection:
             predicted=predicted[kept],
             logits=logits[kept],
             random=self.pool.read(label, drawn),
+            rejected=self.pool.read(label, rejected),
+            rejected_loss=loss[rejected],
             all_loss=loss,
             all_predicted=predicted,
         )
