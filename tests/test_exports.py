@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -132,9 +133,11 @@ def test_values_outside_a_picture_are_clipped_and_said(tmp_path: Path) -> None:
         (lambda d: distilled("cifar100", NAMES, 10, 32), "3 classes; the challenge takes all 100"),
     ],
 )  # fmt: skip
-def test_what_the_challenge_does_not_take_is_not_written(tmp_path: Path, change: object, message: str) -> None:
+def test_what_the_challenge_does_not_take_is_not_written(
+    tmp_path: Path, change: Callable[[DistilledDataset], DistilledDataset], message: str
+) -> None:
     with pytest.raises(UserError, match=message):
-        export_challenge(change(cifar100()[0]), tmp_path / "cifar100.pt")  # type: ignore[operator]
+        export_challenge(change(cifar100()[0]), tmp_path / "cifar100.pt")
     assert not list(tmp_path.iterdir())
 
 
@@ -157,20 +160,20 @@ class Harmful:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (torch.rand(100, 3, 32, 32), "no value is negative"),
-        (torch.zeros(100, 3, 32, 32, dtype=torch.uint8), "holds uint8"),
-        (torch.randn(100, 3, 32, 16), "float32 .100, 3, 32, 16."),
-        (torch.randn(101, 3, 32, 32), "101 images do not divide into 100"),
-        ([torch.randn(3)], "holds a list"),
-        (torch.full((100, 3, 32, 32), float("nan")), "not finite"),
-        (Harmful(), "not a file of tensors alone"),
+        (lambda: torch.rand(100, 3, 32, 32), "no value is negative"),
+        (lambda: torch.zeros(100, 3, 32, 32, dtype=torch.uint8), "holds uint8"),
+        (lambda: torch.randn(100, 3, 32, 16), "float32 .100, 3, 32, 16."),
+        (lambda: torch.randn(101, 3, 32, 32), "101 images do not divide into 100"),
+        (lambda: [torch.randn(3)], "holds a list"),
+        (lambda: torch.full((100, 3, 32, 32), float("nan")), "not finite"),
+        (Harmful, "not a file of tensors alone"),
     ],
 )
 def test_other_tensors_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: object, message: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: Callable[[], object], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    torch.save(content, tmp_path / "cifar100.pt")
+    torch.save(content(), tmp_path / "cifar100.pt")
     with pytest.raises(UserError, match=message):
         read_dataset(str(tmp_path / "cifar100.pt"), cifar100()[1])
     assert not (tmp_path / "harm").exists()
