@@ -408,7 +408,8 @@ class EvaluateConfig:
     ipc: int | None = None
     """Which of the run's distilled datasets. Default: the newest."""
     distilled_dir: str | None = None
-    """A distilled dataset anywhere, instead of the run's."""
+    """A dataset instead of the run's: a folder that sample.py wrote, class folders of images, parquet files, a
+    challenge's cifar100.pt or tinyimagenet.pt, or the id of a dataset of the hub."""
     rounds: tuple[str, ...] = ()
     """Distilled datasets of further rounds of the generator, which eccv2024-track2 asks for (two): student 2 trains on
     the first of them, and so on."""
@@ -445,6 +446,31 @@ class EvaluateConfig:
     it."""
     dry_run: bool = False
     """Say what would happen and stop."""
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write a distilled dataset in the format of others."""
+
+    distilled_dir: str | None = None
+    """The distilled dataset, a folder that sample.py wrote."""
+    format: Literal["challenge", "dd-ranking"] | None = None
+    """`challenge`: cifar100.pt or tinyimagenet.pt of the ECCV 2024 challenge, 10 images a class. `dd-ranking`: a folder
+    of images and a tensor of labels."""
+    output: str | None = None
+    """File or folder to write. Default: <distilled_dir>-challenge/<dataset>.pt, or <distilled_dir>-dd-ranking."""
+    overwrite: bool = False
+    """Replace an earlier export."""
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Write a run's report, one HTML page that holds its pictures: what was distilled, scores, time, commands."""
+
+    run_dir: str | None = None
+    """A run, finished or not. Default: the newest finished one under runs/."""
+    output: str | None = None
+    """The page. Default: <run_dir>/report.html, replaced if it is there."""
 
 
 # ---------------------------------------------------------------------------------------------------------

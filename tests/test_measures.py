@@ -16,6 +16,7 @@ from evaluation_cases import CPU, colour_observer, colours
 from PIL import Image
 
 from ddgen.distill.dataset import DistilledDataset
+from ddgen.distill.foreign_dataset import ForeignDataset
 from ddgen.errors import UserError
 from ddgen.evaluation import cells
 from ddgen.evaluation.baselines import by_features, herding, k_center, random_real
@@ -258,6 +259,15 @@ def test_stored_labels_of_baselines_come_from_the_observer(tmp_path: Path, teach
         run(tmp_path, teacher, observers=[], protocols=("fixed-soft",), baselines=("random-real",))
     with pytest.raises(UserError, match="--baselines herding: it works on features of an observer"):
         run(tmp_path, teacher, observers=[], protocols=("hard",), baselines=("herding",))
+
+
+def test_stored_labels_are_not_made_up_for_a_dataset_that_has_none(tmp_path: Path, teacher: Observer) -> None:
+    own = distilled((2, 2, 2))
+    foreign = ForeignDataset(own.pixels, own.labels, None, own.class_names, ())
+    with pytest.raises(UserError, match="--protocols fixed-soft: the dataset has no soft labels; take rded or hard"):
+        run(tmp_path, teacher, rounds=[own, foreign], protocols=("fixed-soft",))
+    theirs, ours = (run(tmp_path / name, teacher, rounds=[found]) for name, found in (("a", foreign), ("b", own)))
+    assert theirs.rows[0].scores == ours.rows[0].scores
 
 
 def test_freed_memory_is_kept() -> None:

@@ -30,6 +30,7 @@ def build_dataset(
     run_dir: Path,
     observer: Observer,
     precision: str,
+    seconds: Mapping[str, float],
 ) -> DistilledDataset:
     """Puts together what all classes keep.
 
@@ -40,6 +41,7 @@ def build_dataset(
         run_dir: The training run.
         observer: What ranked them.
         precision: Resolved.
+        seconds: Stage -> how long it took this process.
     """
     labels = torch.cat([torch.full((len(found.loss),), label) for label, found in enumerate(classes)])
     return DistilledDataset(
@@ -59,6 +61,7 @@ def build_dataset(
             "observer_fingerprint": observer.fingerprint,
             "factor": config.factor,
             "selection": selection_report(config, source, classes).to_dict() | selection_facts(config, classes),
+            "seconds": dict(seconds),
             "recipe": _recipe(config, source, classes, run_dir, observer, precision),
         },
     )
@@ -67,6 +70,13 @@ def build_dataset(
 def random_generated(classes: Sequence[SelectedClass], labels: Tensor) -> dict[str, Tensor]:
     """Returns as many candidates as are kept, drawn at random: pixels uint8 (n, 3, h, w) and labels int64 (n,)."""
     return {"pixels": torch.cat([found.random for found in classes]), "labels": labels.contiguous()}
+
+
+def best_rejected(classes: Sequence[SelectedClass]) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the best candidates that were not kept: pixels uint8 (n, 3, h, w), labels int64 (n,), losses (n,)."""
+    labels = torch.cat([torch.full((len(found.rejected),), label) for label, found in enumerate(classes)])
+    pixels = torch.cat([found.rejected for found in classes])
+    return pixels, labels, torch.cat([found.rejected_loss for found in classes])
 
 
 def selection_report(

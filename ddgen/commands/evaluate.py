@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ddgen.checkpoint import write_json
 from ddgen.commands.runs import (
+    command_line,
     data_of_run,
     find_run,
     load_on_all,
@@ -16,10 +20,15 @@ from ddgen.commands.runs import (
     start_accelerator,
 )
 from ddgen.config import EvaluateConfig
-from ddgen.distill.dataset import DistilledDataset, update_results
+from ddgen.data import ImageDataset
+from ddgen.distill.dataset import DistilledDataset, read_manifest, update_results, versions
+from ddgen.distill.foreign_dataset import ForeignDataset, check_source, read_dataset
 from ddgen.errors import UserError
 from ddgen.evaluation.evaluate import Request
 from ddgen.evaluation.evaluate import evaluate as evaluate_students
+from ddgen.evaluation.page import write_page_of
+from ddgen.evaluation.page_neighbours import NEIGHBOURS_NAME, save_neighbours
+from ddgen.evaluation.page_run import PROVENANCE_NAME
 from ddgen.evaluation.protocol_files import get_protocol
 from ddgen.evaluation.report import format_table
 from ddgen.memory import keep_freed_memory
@@ -27,33 +36,38 @@ from ddgen.observer.observer import Observer
 
 
 def evaluate(config: EvaluateConfig) -> int:
-    """Trains students on the distilled images and on the baselines; writes results.json, a table and a figure."""
+    """Trains students on the distilled images and on the baselines; writes results.json, a table, a figure, a page."""
     run_dir, distilled_dir = _what_to_evaluate(config)
+    source = config.distilled_dir or str(distilled_dir)
+    check_source(source) if config.distilled_dir is not None else read_manifest(distilled_dir)
     output_dir = _evaluation_dir(config, run_dir, distilled_dir)
     accelerator, precision = start_accelerator(config.mixed_precision)
     if accelerator.num_processes > 1:
         raise UserError(f"evaluate.py runs in one process, not {accelerator.num_processes}: start it with python")
     if accelerator.device.type == "cpu":
         keep_freed_memory()
-    distilled = DistilledDataset.load(distilled_dir)
     data = data_of_run(config.data, run_dir)
     train_images, test_images = (load_on_all(accelerator, data, split) for split in ("train", "test"))
+    rounds = [read_dataset(source, train_images), *(_read_round(path, train_images) for path in config.rounds)]
     own = () if run_dir is None else (observer_dir(run_dir),)
-    observers = [Observer.load(source, distilled.class_names) for source in config.observer or own]
+    observers = [Observer.load(path, train_images.class_names) for path in config.observer or own]
     default_student = _default_student(observers)
     for name in config.protocols:
         get_protocol(name)
     if config.dry_run:
         students = ", ".join(config.students or (default_student,))
-        print(f"dry run: {students} x {', '.join(config.protocols)} x {config.repeats} on {distilled_dir}")
+        print(f"dry run: {students} x {', '.join(config.protocols)} x {config.repeats} on {source}")
         return 0
-    print(f"evaluating {distilled_dir} on the {len(test_images):,} test images of {test_images.name}")
+    for remark in _remarks(rounds):
+        print(f"{source}: {remark}")
+    print(f"evaluating {source} on the {len(test_images):,} test images of {test_images.name}")
+    ours = isinstance(rounds[0], DistilledDataset)
     generated = None
     if "random-generated" in config.baselines:
-        generated = _load_random_generated(run_dir, distilled_dir)
+        generated = _load_random_generated(run_dir if ours else None, distilled_dir)
     results = evaluate_students(
         Request(
-            rounds=[distilled, *(DistilledDataset.load(Path(path)) for path in config.rounds)],
+            rounds=rounds,
             train=train_images,
             test=test_images,
             observers=observers,
@@ -72,13 +86,42 @@ def evaluate(config: EvaluateConfig) -> int:
             flip=data.may_flip,
         )
     )
-    update_results(distilled_dir, results.to_dict())
+    write_json(output_dir / PROVENANCE_NAME, _provenance(source, rounds))
+    if ours:
+        update_results(distilled_dir, results.to_dict())
+        if observers:
+            neighbours = output_dir / NEIGHBOURS_NAME
+            save_neighbours(rounds[0], train_images, observers[0], neighbours, device=accelerator.device)
+    page = write_page_of(run_dir, output_dir)
     print(format_table(results))
     print(f"results:           {output_dir / 'results.json'}")
     print(f"figure:            {output_dir / 'accuracy.png'}")
-    print(f"distilled dataset: {distilled_dir}")
-    print(f"preview:           {distilled_dir / 'preview.png'}")
+    print(f"report:            {page}")
+    print(f"distilled dataset: {source}")
     return 0
+
+
+def _read_round(path: str, train_images: ImageDataset) -> DistilledDataset | ForeignDataset:
+    try:
+        return read_dataset(path, train_images)
+    except UserError as error:  # that reader was asked for --distilled_dir
+        raise UserError(str(error).replace("--distilled_dir", "--rounds", 1)) from None
+
+
+def _remarks(rounds: Sequence[DistilledDataset | ForeignDataset]) -> list[str]:
+    found = [remark for dataset in rounds if isinstance(dataset, ForeignDataset) for remark in dataset.remarks]
+    return list(dict.fromkeys(found))
+
+
+def _provenance(source: str, rounds: Sequence[DistilledDataset | ForeignDataset]) -> dict[str, object]:
+    """What the page tells of an evaluation beside its results."""
+    return {
+        "distilled_dir": source,
+        "remarks": _remarks(rounds),
+        "command": command_line(),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+    }
 
 
 def _load_random_generated(run_dir: Path | None, distilled_dir: Path) -> dict[str, Tensor] | None:
@@ -109,10 +152,17 @@ def _what_to_evaluate(config: EvaluateConfig) -> tuple[Path | None, Path]:
 def _evaluation_dir(config: EvaluateConfig, run_dir: Path | None, distilled_dir: Path) -> Path:
     if config.output_dir is None and run_dir is None:
         raise UserError("--output_dir: not set; say where the results of a dataset outside any run go")
-    output_dir = Path(config.output_dir or (run_dir or Path()) / "evaluation" / distilled_dir.name)
+    output_dir = Path(config.output_dir or (run_dir or Path()) / "evaluation" / _evaluation_name(config, distilled_dir))
     if (output_dir / "results.json").exists() and not config.overwrite:
         raise UserError(f"--output_dir {output_dir}: has results already; give another, or --overwrite to replace them")
     return output_dir
+
+
+def _evaluation_name(config: EvaluateConfig, distilled_dir: Path) -> str:
+    """Names the folder of results; a hub id's owner belongs to its name."""
+    if config.distilled_dir is not None and not distilled_dir.exists():
+        return config.distilled_dir.replace("/", "--")
+    return distilled_dir.resolve().stem if distilled_dir.is_file() else distilled_dir.resolve().name
 
 
 def _default_student(observers: list[Observer]) -> str:

@@ -12,6 +12,7 @@ from safetensors.torch import save
 from ddgen.checkpoint import write_bytes
 from ddgen.commands.candidates import PREVIEW_NAME, Candidates, cuda_wait
 from ddgen.commands.distilled import (
+    best_rejected,
     build_dataset,
     kept_line,
     random_generated,
@@ -35,6 +36,7 @@ from ddgen.distill.select import selection_needs
 from ddgen.distill.selection_report import compared_classes
 from ddgen.distill.streaming import RealScores, confusions, no_real_images
 from ddgen.errors import Stopped, UserError
+from ddgen.evaluation.page_pictures import rejected_path, save_rejected
 from ddgen.hardware import device_name, number_format
 from ddgen.observer.inference import batch_size_of, for_inference
 from ddgen.observer.observer import Observer
@@ -182,12 +184,13 @@ def _finish(work: Candidates, counts: list[int], observer: Observer, output_dir:
     say, config, names = work.accelerator.print, work.config, work.source.class_names
     classes = work.gather(counts)
     facts: dict[str, Any] = {"run_dir": work.run_dir, "observer": observer, "precision": precision}
-    dataset = build_dataset(config, work.source, classes, **facts)
+    dataset = build_dataset(config, work.source, classes, seconds=dict(work.clock.seconds), **facts)
     with work.clock("writing"):
         report = selection_report(config, work.source, classes)
         dataset.save(output_dir, overwrite=config.overwrite, selection_png=report.draw(), progress=True)
         baseline = random_generated(classes, dataset.labels)
         write_bytes(random_generated_path(work.run_dir, output_dir), save(baseline))
+        save_rejected(rejected_path(work.run_dir, output_dir), *best_rejected(classes))
     left = work.finish(counts)
     if min(counts) < config.ipc:
         say(f"{min(counts):,} candidates of a class are fewer than --ipc {config.ipc}: all are kept")

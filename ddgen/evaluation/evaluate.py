@@ -14,6 +14,7 @@ from tqdm import tqdm
 from ddgen.data import ImageDataset
 from ddgen.data.classes import check_class_order
 from ddgen.distill.dataset import DistilledDataset
+from ddgen.distill.foreign_dataset import ForeignDataset
 from ddgen.errors import UserError
 from ddgen.evaluation.baselines import BY_FEATURES
 from ddgen.evaluation.batches import Look, TrainingImages
@@ -70,7 +71,7 @@ class Request:
         progress: Show a bar per row.
     """
 
-    rounds: Sequence[DistilledDataset]
+    rounds: Sequence[DistilledDataset | ForeignDataset]
     train: ImageDataset
     test: ImageDataset
     observers: Sequence[Observer]
@@ -202,6 +203,7 @@ def _check(request: Request, recipes: Sequence[Protocol], pairs: Sequence[tuple[
         build_network(student, len(names), request.test.image_size, norm=recipe.norm, setting="--students")
     for dataset in request.rounds:
         _check_counts(dataset, recipes)
+        _check_stored(dataset, recipes)
 
 
 def _check_teachers(request: Request, recipes: Sequence[Protocol]) -> None:
@@ -237,7 +239,7 @@ def _check_sizes(request: Request) -> None:
         )
 
 
-def _check_counts(dataset: DistilledDataset, recipes: Sequence[Protocol]) -> None:
+def _check_counts(dataset: DistilledDataset | ForeignDataset, recipes: Sequence[Protocol]) -> None:
     counts = torch.bincount(dataset.labels, minlength=len(dataset.class_names))
     if int(counts.min()) != int(counts.max()) and not all(recipe.any_number for recipe in recipes):
         strict = next(recipe.name for recipe in recipes if not recipe.any_number)
@@ -245,6 +247,13 @@ def _check_counts(dataset: DistilledDataset, recipes: Sequence[Protocol]) -> Non
             f"--protocols {strict}: the distilled dataset has {int(counts.min())} to {int(counts.max())} images per "
             f"class; it asks for equally many, eccv2024-track2 does not"
         )
+
+
+def _check_stored(dataset: DistilledDataset | ForeignDataset, recipes: Sequence[Protocol]) -> None:
+    """Refuses to judge a dataset by labels that it has not, instead of making some for it."""
+    for recipe in recipes:
+        if recipe.labels == "stored" and dataset.soft_labels is None:
+            raise UserError(f"--protocols {recipe.name}: the dataset has no soft labels; take rded or hard")
 
 
 def _teachers(request: Request) -> list[Teacher]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ddgen.checkpoint import read_json, write_json
 from ddgen.data import ImageDataset
 from ddgen.distill.dataset import DistilledDataset, encode_png
+from ddgen.distill.foreign_dataset import ForeignDataset
 from ddgen.evaluation.baselines import BY_FEATURES, by_features, random_real
 from ddgen.evaluation.batches import TrainingImages
 from ddgen.evaluation.cells import digest
@@ -45,20 +46,19 @@ class Source:
     epochs: int | None = None
 
 
-def distilled_source(rounds: Sequence[DistilledDataset]) -> Source:
+def distilled_source(rounds: Sequence[DistilledDataset | ForeignDataset]) -> Source:
     """Returns the images to judge; where a generator ran several rounds, repeat r takes the r-th."""
 
     def draw(repeat: int) -> TrainingImages:
         found = rounds[repeat % len(rounds)]
-        factor = int(found.provenance.get("factor", 1))
-        return TrainingImages(found.pixels, found.labels, found.soft_labels, factor)
+        return TrainingImages(found.pixels, found.labels, found.soft_labels, found.factor)
 
     return Source("distilled", draw, rounds[0].ipc)
 
 
 def baseline_sources(
     names: Sequence[str],
-    distilled: DistilledDataset,
+    distilled: DistilledDataset | ForeignDataset,
     random_generated: tuple[Tensor, Tensor] | None,
     train: ImageDataset,
     observer: Observer | None,
