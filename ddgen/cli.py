@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from ddgen.config import EvaluateConfig, SampleConfig, TrainConfig, TrainObserverConfig, parse
+from ddgen.config import EvaluateConfig, LabelConfig, SampleConfig, TrainConfig, TrainObserverConfig, parse
 from ddgen.errors import Stopped, UserError
 from ddgen.launch import start_asked_for_processes, stop_with_launcher
 
@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
     "train": (TrainConfig, "train:train", "train the observer, the autoencoder and the diffusion model"),
     "observer": (TrainObserverConfig, "train:train_observer_alone", "train an observer alone"),
     "sample": (SampleConfig, "sample:sample", "generate candidates, keep the most realistic, relabel them"),
+    "label": (LabelConfig, "label:label", "store the observer's labels of augmented views beside a distilled dataset"),
     "evaluate": (EvaluateConfig, "evaluate:evaluate", "score students trained on a distilled dataset on real images"),
 }
 """Name -> settings, where the function is in ddgen.commands, and what it does."""

@@ -12,6 +12,7 @@ import yaml
 from ddgen import cli
 from ddgen.config import (
     EvaluateConfig,
+    LabelConfig,
     SampleConfig,
     TrainConfig,
     TrainObserverConfig,
@@ -25,7 +26,7 @@ from ddgen.config import (
 from ddgen.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-KINDS = [TrainConfig, TrainObserverConfig, SampleConfig, EvaluateConfig]
+KINDS = [TrainConfig, TrainObserverConfig, SampleConfig, LabelConfig, EvaluateConfig]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -19,6 +19,7 @@ from ddgen.checkpoint import read_json, write_json
 from ddgen.data import ImageDataset
 from ddgen.data.classes import check_class_order
 from ddgen.distill.dataset import DistilledDataset, encode_png
+from ddgen.distill.views import StoredViews
 from ddgen.errors import UserError
 from ddgen.evaluation.baselines import random_real
 from ddgen.evaluation.protocols import Protocol, get_protocol
@@ -56,6 +57,7 @@ class _Setting:
     cells_dir: Path
     flip: bool
     progress: bool
+    stored: StoredViews | None
 
 
 def evaluate(
@@ -73,6 +75,7 @@ def evaluate(
     precision: str,
     output_dir: Path,
     random_generated: tuple[Tensor, Tensor] | None = None,
+    stored: StoredViews | None = None,
     flip: bool = True,
     progress: bool = True,
 ) -> Results:
@@ -95,6 +98,7 @@ def evaluate(
         precision: "no", "bf16" or "fp16".
         output_dir: Receives results.json, accuracy.png and cells/.
         random_generated: Generated images that nobody selected: pixels uint8 (n, 3, s, s), labels (n,).
+        stored: Labelled views of the distilled images; stored protocols have a row for these images only.
         flip: Mirror training images, as the protocols do; false where a mirror image is another class.
         progress: Show a bar per row.
 
@@ -105,11 +109,13 @@ def evaluate(
         UserError: Before any training: artefacts whose classes or sizes do not match, settings that cannot be honoured.
     """
     recipes = [get_protocol(name) for name in protocols]
+    if stored is None and any(recipe.labels == "stored" for recipe in recipes):
+        raise UserError("--protocols stored: the dataset has no stored views; make them with ddgen label")
     ipc = _check(distilled, train, test, observer, recipes, students, repeats, epochs, random_generated)
     sources = _sources(distilled, random_generated, train, ipc, seed)
     setting = _Setting(
         test, observer, len(distilled.class_names), ipc, epochs, repeats, seed, device, precision,
-        output_dir / "cells", flip, progress,
+        output_dir / "cells", flip, progress, stored,
     )  # fmt: skip
     image_bytes = {source.name: png_bytes(source.draw(0)[0]) for source in sources}
     teacher_accuracy = _teacher_accuracy(setting)
@@ -118,6 +124,7 @@ def evaluate(
         for student in students
         for recipe in recipes
         for source in sources
+        if recipe.labels != "stored" or source.name == "distilled"
     ]
     results = Results(
         rows=tuple(rows),
@@ -267,9 +274,11 @@ def _row(source: _Source, recipe: Protocol, student: str, setting: _Setting, ima
 
 
 def _label_bytes(recipe: Protocol, setting: _Setting) -> int:
-    """Bytes that the recipe needs beside the images: the teacher's weights, or whole bytes per class number."""
+    """Bytes that the recipe needs beside the images: the teacher's weights, stored views, or whole bytes a class number."""
     if recipe.labels == "soft" and setting.observer is not None:
         return sum(value.numel() * value.element_size() for value in setting.observer.state_dict().values())
+    if recipe.labels == "stored" and setting.stored is not None:
+        return setting.stored.num_bytes
     bytes_per_label = max(1, ((setting.num_classes - 1).bit_length() + 7) // 8)
     return setting.num_classes * setting.ipc * bytes_per_label
 
@@ -305,6 +314,7 @@ def _cell(
         seed=derive(setting.seed, "repeat", repeat),
         epochs=setting.epochs,
         flip=setting.flip,
+        stored=setting.stored if recipe.labels == "stored" else None,
         on_epoch=on_epoch,
     )
     write_json(path, {"key": key, "images": source.name, "result": dataclasses.asdict(result)})
@@ -316,6 +326,7 @@ def _cell_key(
 ) -> dict[str, Any]:
     """Everything that the number of a cell depends on."""
     observer = setting.observer if recipe.labels == "soft" else None
+    stored = setting.stored if recipe.labels == "stored" else None
     return {
         "format": CELL_FORMAT,
         "images": _digest(*_bytes_of(images), *_bytes_of(labels)),
@@ -327,6 +338,7 @@ def _cell_key(
         "repeat": repeat,
         "test": setting.test.fingerprint,
         "teacher": None if observer is None else observer.fingerprint,
+        **({} if stored is None else {"stored": stored.digest}),
         "precision": setting.precision,
         "device": setting.device.type,
     }

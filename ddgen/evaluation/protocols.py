@@ -7,8 +7,8 @@ A protocol is therefore data, and every hyper-parameter in it is asserted by a t
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from ddgen.errors import UserError
 
@@ -33,7 +33,8 @@ class Protocol:
     Attributes:
         name: Name in settings, tables and files.
         title: The recipe in one line, for reports.
-        labels: "soft": the observer labels every mixed batch; "hard": the class index.
+        labels: "soft": the observer labels every mixed batch; "hard": the class index; "stored": what the observer said
+            of the dataset's stored views.
         norm: Normalisation layers of the student.
         optimizer: "adamw" or "sgd".
         learning_rate: Peak for networks that have none of their own in `learning_rates`.
@@ -58,7 +59,7 @@ class Protocol:
 
     name: str
     title: str
-    labels: Literal["soft", "hard"]
+    labels: Literal["soft", "hard", "stored"]
     norm: Literal["batch", "instance"]
     optimizer: Literal["adamw", "sgd"]
     learning_rate: float
@@ -89,7 +90,7 @@ class Protocol:
         RDED publishes ipc 1, 10 and 50; an ipc between them takes the batch size of the next smaller one.
         """
         size = [size for smallest, size in self.batch_sizes if ipc >= smallest][-1]
-        if self.name == "rded":
+        if self.name in ("rded", "stored"):
             if _is_small_cifar100(dataset, network):
                 size = 25
             elif dataset == TINY_IMAGENET:
@@ -100,7 +101,7 @@ class Protocol:
 
     def peak_learning_rate(self, *, dataset: str, network: str) -> float:
         """Returns the learning rate of the first epoch."""
-        if self.name == "rded" and _is_small_cifar100(dataset, network):
+        if self.name in ("rded", "stored") and _is_small_cifar100(dataset, network):
             return 2e-3
         own = dict(self.learning_rates)
         return own.get(network.removeprefix("torchvision:"), self.learning_rate)
@@ -121,6 +122,17 @@ class Protocol:
     def crop_scale(self, factor: int) -> tuple[float, float]:
         """Returns the range of areas of the random resized crop for images made of factor x factor patches."""
         return (1.0 / factor if self.min_crop is None else self.min_crop, 1.0)
+
+    def augmentation(self, factor: int, flip: bool) -> dict[str, Any]:
+        """Returns everything that decides how images are augmented and mixed, as JSON."""
+        return {
+            "factor": factor,
+            "flip": flip,
+            "crop_scale": list(self.crop_scale(factor)),
+            "color_jitter": self.color_jitter,
+            "lighting_std": self.lighting_std,
+            "cutmix_alpha": self.cutmix_alpha,
+        }
 
 
 def _is_small_cifar100(dataset: str, network: str) -> bool:
@@ -168,6 +180,15 @@ HARD = Protocol(
     batch_sizes=((1, 64),),
 )
 
+# Shen and Xing, "A Fast Knowledge Distillation Framework for Visual Recognition", ECCV 2022: RDED's recipe on views that
+# were labelled beforehand. The temperature is the stored one.
+STORED = replace(
+    RDED,
+    name="stored",
+    title="soft labels of stored views (FKD), no observer, otherwise as rded",
+    labels="stored",
+)
+
 
 def get_protocol(name: str) -> Protocol:
     """Returns the protocol of a name.
@@ -175,7 +196,7 @@ def get_protocol(name: str) -> Protocol:
     Raises:
         UserError: There is none.
     """
-    known = {protocol.name: protocol for protocol in (RDED, HARD)}
+    known = {protocol.name: protocol for protocol in (RDED, HARD, STORED)}
     if name not in known:
         raise UserError(f"--protocols {name}: unknown; choose among {', '.join(known)}")
     return known[name]

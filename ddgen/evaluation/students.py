@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddgen.data import ImageDataset
+from ddgen.distill.views import StoredViews
 from ddgen.errors import UserError
 from ddgen.evaluation.augment import (
     color_jitter,
@@ -112,6 +113,7 @@ def train_student(
     epochs: int | None = None,
     factor: int = 1,
     flip: bool = True,
+    stored: StoredViews | None = None,
     on_epoch: Callable[[int, float | None], None] | None = None,
 ) -> StudentResult:
     """Trains a student and scores it on the real test images.
@@ -131,13 +133,17 @@ def train_student(
         epochs: Instead of the protocol's.
         factor: Images are grids of factor x factor patches.
         flip: Mirror images, as the protocols do; false where a mirror image is another class, as for digits.
+        stored: Labelled views of `images`, which protocols with stored labels need.
         on_epoch: Called after every epoch with the epochs done and, when it was scored, the accuracy.
 
     Raises:
-        UserError: A soft protocol without a teacher, or a loss that is not finite.
+        UserError: A soft protocol without a teacher, a stored one without views of these images, or a loss that is not
+            finite.
     """
     if protocol.labels == "soft" and teacher is None:
         raise UserError(f"--protocols {protocol.name}: soft labels need a teacher; give --observer")
+    if protocol.labels == "stored":
+        protocol = replace(protocol, temperature=_check_stored(stored, protocol, factor, flip).header.temperature)
     num_epochs = protocol.epochs(ipc) if epochs is None else epochs
     dataset = test.name
     batch_size = min(len(images), protocol.batch_size(ipc, num_classes, dataset=dataset, network=network))
@@ -156,6 +162,10 @@ def train_student(
         batches = _stream(images.to(device), labels.to(device), protocol, num_epochs, batch_size, seed, factor, flip)
         if protocol.labels == "soft" and teacher is not None:
             batches = _with_teacher(batches, teacher.to(device).eval(), device, precision)
+        if protocol.labels == "stored" and stored is not None:
+            augment = view_augmenter(protocol, factor, flip)
+            views = stored.stream(images.to(device), augment, epochs=num_epochs, batch_size=batch_size, seed=seed)
+            batches = (_Batch(view, (own := logits.argmax(1)), own, 1.0, logits) for view, logits in views)
         for epoch in range(num_epochs):
             epoch_started = time.perf_counter()
             set_learning_rate(optimizer, protocol.learning_rate_at(epoch, num_epochs, peak))
@@ -177,6 +187,19 @@ def train_student(
         seconds=time.perf_counter() - started,
         images_per_second=num_epochs * len(images) / train_seconds,
     )
+
+
+def _check_stored(stored: StoredViews | None, protocol: Protocol, factor: int, flip: bool) -> StoredViews:
+    if stored is None:
+        raise UserError(f"--protocols {protocol.name}: no stored views; make them with ddgen label")
+    made, asked = stored.header.augmentation, protocol.augmentation(factor, flip)
+    for name, value in asked.items():
+        if made.get(name) != value:
+            raise UserError(
+                f"--protocols {protocol.name}: the stored views were made with {name} {made.get(name)}, not {value}; run"
+                " ddgen label --overwrite"
+            )
+    return stored
 
 
 def _check_finite(loss: Tensor, protocol: Protocol, network: str, epoch: int, precision: str) -> None:
@@ -283,6 +306,21 @@ def _augment(images: Tensor, protocol: Protocol, factor: int, flip: bool, rng: n
     return images
 
 
+def view_augmenter(protocol: Protocol, factor: int, flip: bool) -> Callable[[Tensor, np.random.Generator], Tensor]:
+    """Returns what makes a batch (b, 3, s, s) of stored views: the protocol's augmentation and mixing."""
+    return lambda images01, rng: _augment_and_mix(images01, protocol, factor, flip, rng)[0]
+
+
+def _augment_and_mix(
+    images01: Tensor, protocol: Protocol, factor: int, flip: bool, rng: np.random.Generator
+) -> tuple[Tensor, Tensor, float]:
+    """Returns mixed images (b, 3, s, s), whom each was pasted from (b,), and the part that is still its own."""
+    batch = _augment(images01, protocol, factor, flip, rng)
+    paste = torch.from_numpy(rng.permutation(len(batch))).to(batch.device)
+    mixed, own = cutmix(batch, paste, draw_cutmix(rng, batch.shape[-1], protocol.cutmix_alpha))
+    return mixed, paste, own
+
+
 def _stream(
     images: Tensor, labels: Tensor, protocol: Protocol, epochs: int, batch_size: int, seed: int, factor: int, flip: bool
 ) -> Iterator[_Batch]:
@@ -291,9 +329,8 @@ def _stream(
         rng = numpy_generator(seed, "student", "epoch", epoch)
         order = torch.from_numpy(rng.permutation(len(images))).to(images.device)
         for indices in order.split(batch_size):
-            batch = _augment(to_images01(images[indices], images.device), protocol, factor, flip, rng)
-            paste = torch.from_numpy(rng.permutation(len(indices))).to(images.device)
-            mixed, own = cutmix(batch, paste, draw_cutmix(rng, batch.shape[-1], protocol.cutmix_alpha))
+            images01 = to_images01(images[indices], images.device)
+            mixed, paste, own = _augment_and_mix(images01, protocol, factor, flip, rng)
             own_labels = labels[indices]
             yield _Batch(mixed, own_labels, own_labels[paste], own)
 

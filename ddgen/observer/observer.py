@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -131,10 +132,14 @@ class Observer(nn.Module):
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, *, beside: Path | None = None) -> None:
         """Writes a folder that `load` reads, whole or not at all.
 
         A transformers model is written in transformers' own layout, so that it stays one.
+
+        Args:
+            path: The folder to create.
+            beside: A folder whose contents are copied next to the weights: what training left.
 
         Raises:
             UserError: The folder exists.
@@ -142,6 +147,8 @@ class Observer(nn.Module):
         if path.exists():
             raise UserError(f"--output_dir {path}: an observer is there already; choose another folder or remove it")
         with atomic_dir(path) as folder:
+            if beside is not None:
+                shutil.copytree(beside, folder, dirs_exist_ok=True)
             if isinstance(self.classifier, TransformersClassifier):
                 self.classifier.model.config.ddgen_accuracy = self.accuracy
                 self.classifier.model.config.ddgen_network = self.network
