@@ -15,8 +15,9 @@ from ddgen.config import SampleConfig
 from ddgen.diffusion.foreign import ForeignGenerator
 from ddgen.distill.dataset import DistilledDataset
 from ddgen.distill.pool import CandidateSource
-from ddgen.distill.relabel import soft_labels
+from ddgen.distill.relabel import describe_teachers, relabel, soft_labels
 from ddgen.distill.streaming import SelectedClass, rejections
+from ddgen.observer.inference import batch_size_of
 from ddgen.observer.observer import Observer
 from ddgen.timing import Clock
 
@@ -28,6 +29,8 @@ def build_dataset(
     *,
     run_dir: Path,
     observer: Observer,
+    teachers: Sequence[Observer],
+    device: torch.device,
     precision: str,
 ) -> DistilledDataset:
     """Puts together what all classes keep.
@@ -38,13 +41,23 @@ def build_dataset(
         classes: In label order.
         run_dir: The training run.
         observer: What ranked them.
+        teachers: What labels them.
+        device: Where they label.
         precision: Resolved.
     """
     labels = torch.cat([torch.full((len(found.index),), label) for label, found in enumerate(classes)])
+    pixels, temperature = torch.cat([found.pixels for found in classes]), config.soft_label_temperature
+    if [teacher.fingerprint for teacher in teachers] == [observer.fingerprint]:  # it has said already what it sees
+        soft = soft_labels(torch.cat([found.logits for found in classes]), temperature)
+    else:
+        batch_size = batch_size_of(device)
+        soft = relabel(
+            teachers, pixels, temperature=temperature, batch_size=batch_size, device=device, precision=precision
+        )
     return DistilledDataset(
-        pixels=torch.cat([found.pixels for found in classes]),
+        pixels=pixels,
         labels=labels,
-        soft_labels=soft_labels(torch.cat([found.logits for found in classes]), config.soft_label_temperature),
+        soft_labels=soft,
         realism=torch.cat([found.loss for found in classes]),
         seeds=torch.full((len(labels),), config.seed),
         indices=torch.cat([found.index for found in classes]),
@@ -56,8 +69,9 @@ def build_dataset(
             "candidates": source.settings(),
             "foreign_generator": source.credit() if isinstance(source, ForeignGenerator) else None,
             "observer_fingerprint": observer.fingerprint,
+            "teacher_fingerprints": [teacher.fingerprint for teacher in teachers],
             "selection": selection_facts(classes),
-            "recipe": _recipe(config, source, classes, run_dir, observer, precision),
+            "recipe": _recipe(config, source, classes, run_dir, observer, teachers, precision),
         },
     )
 
@@ -121,6 +135,7 @@ def _recipe(
     classes: Sequence[SelectedClass],
     run_dir: Path,
     observer: Observer,
+    teachers: Sequence[Observer],
     precision: str,
 ) -> dict[str, Any]:
     counts = sorted(len(found.all_loss) for found in classes)
@@ -137,6 +152,7 @@ def _recipe(
         **source.describe(),
         **(own if config.generator is None else {}),
         "observer": f"{observer.network}, {observer.accuracy:.1%} on held-out real images",
+        "soft labels": describe_teachers(teachers),
         "soft label temperature": config.soft_label_temperature,
         "precision": precision,
         "seed": config.seed,

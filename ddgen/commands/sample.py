@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from ddgen.commands.runs import (
     read_run_config,
     start_accelerator,
 )
+from ddgen.commands.teachers import check_teachers, load_teachers
 from ddgen.config import SampleConfig
 from ddgen.distill.pool import CandidateSource
 from ddgen.distill.streaming import confusions
@@ -89,6 +91,12 @@ def _sample(config: SampleConfig, run_dir: Path, output_dir: Path, accelerator: 
     if config.dry_run:
         say("dry run: the settings are fine; nothing was written")
         return
+    with clock("loading"):
+        teachers = load_teachers(
+            config.observer or [observer_dir(run_dir)], source.class_names, config.teacher_epoch,
+            ipc=config.ipc, data=read_run_config(run_dir).data, accelerator=accelerator, precision=precision,
+        )  # fmt: skip
+        check_teachers(teachers, read_run_config(run_dir).data, accelerator, precision)
     work.open()
     say(_already_there(work))
     classes, count = probe_classes(len(source.class_names), config.num_candidates)
@@ -96,14 +104,15 @@ def _sample(config: SampleConfig, run_dir: Path, output_dir: Path, accelerator: 
         classes, count, lambda pixels, labels: check_probe(config, work.score(pixels, labels), labels, observer, say)
     )
     counts = work.run()
-    on_main(accelerator, lambda: _finish(work, counts, observer, output_dir, precision))
+    on_main(accelerator, lambda: _finish(work, counts, observer, teachers, output_dir, precision))
     accelerator.wait_for_everyone()
 
 
 def _observer(
     config: SampleConfig, run_dir: Path, source: CandidateSource, accelerator: Accelerator, precision: str
 ) -> Observer:
-    observer = Observer.load(config.observer or observer_dir(run_dir), source.class_names)
+    path = config.observer[0] if config.observer else observer_dir(run_dir)
+    observer = Observer.load(path, source.class_names)
     if observer.accuracy is None:
         observer.accuracy = held_out_accuracy(observer, read_run_config(run_dir).data, accelerator, precision)
     check_observer(observer, source.class_names)
@@ -139,12 +148,21 @@ def _already_there(work: Candidates) -> str:
     return text + (f", {stored:,} candidates are there already" if stored else "")
 
 
-def _finish(work: Candidates, counts: list[int], observer: Observer, output_dir: Path, precision: str) -> None:
+def _finish(
+    work: Candidates,
+    counts: list[int],
+    observer: Observer,
+    teachers: Sequence[Observer],
+    output_dir: Path,
+    precision: str,
+) -> None:
     """Writes the distilled dataset and says what it is."""
     say, config, names = work.accelerator.print, work.config, work.source.class_names
     classes = work.gather(counts)
     facts: dict[str, Any] = {"run_dir": work.run_dir, "observer": observer, "precision": precision}
-    dataset = build_dataset(config, work.source, classes, **facts)
+    with work.clock("relabelling"):
+        device = work.accelerator.device
+        dataset = build_dataset(config, work.source, classes, teachers=teachers, device=device, **facts)
     with work.clock("writing"):
         dataset.save(output_dir, overwrite=config.overwrite, progress=True)
         baseline = random_generated(classes, dataset.labels)
@@ -156,7 +174,8 @@ def _finish(work: Candidates, counts: list[int], observer: Observer, output_dir:
     say(rejected_line(classes))
     for label, other, part in confusions(classes):
         say(f"{part:.0%} of the candidates of {names[label]!r} are {names[other]!r} to the observer: check the classes")
-    made = {"sampling": work.num_made, "decoding": work.num_made, "ranking": work.num_ranked, "writing": len(dataset)}
+    made = {"sampling": work.num_made, "decoding": work.num_made, "ranking": work.num_ranked}
+    made |= dict.fromkeys(("relabelling", "writing"), len(dataset))
     say(time_line(work.clock, made, work.accelerator.num_processes))
     if left:
         say(f"candidates:        {left}")

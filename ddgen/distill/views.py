@@ -169,8 +169,8 @@ class StoredViews:
     def keep_every(self, every: int) -> StoredViews:
         """Keeps the first of every `every` stored epochs."""
         header = replace(self.header, epochs=self.header.epochs[::every])
-        parts = [part[::every].contiguous() for part in (self.seeds, self.values, self.indices, self.rest)]
-        return StoredViews(header, *parts, self.sketch)
+        kept = {name: getattr(self, name)[::every] for name in ("seeds", "values", "indices", "rest")}
+        return replace(self, header=header, **kept)
 
     def keep_top(self, k: int) -> StoredViews:
         """Keeps the k largest logits of every view; see `compress`.

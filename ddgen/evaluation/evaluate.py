@@ -274,7 +274,7 @@ def _row(source: _Source, recipe: Protocol, student: str, setting: _Setting, ima
 
 
 def _label_bytes(recipe: Protocol, setting: _Setting) -> int:
-    """Bytes that the recipe needs beside the images: the teacher's weights, stored views, or whole bytes a class number."""
+    """Bytes that the recipe needs beside the images: the teacher's weights, stored views, or whole bytes per number."""
     if recipe.labels == "soft" and setting.observer is not None:
         return sum(value.numel() * value.element_size() for value in setting.observer.state_dict().values())
     if recipe.labels == "stored" and setting.stored is not None:

@@ -180,8 +180,8 @@ HARD = Protocol(
     batch_sizes=((1, 64),),
 )
 
-# Shen and Xing, "A Fast Knowledge Distillation Framework for Visual Recognition", ECCV 2022: RDED's recipe on views that
-# were labelled beforehand. The temperature is the stored one.
+# Shen and Xing, "A Fast Knowledge Distillation Framework for Visual Recognition", ECCV 2022: RDED's recipe on views
+# that were labelled beforehand. The temperature is the stored one.
 STORED = replace(
     RDED,
     name="stored",

@@ -196,8 +196,8 @@ def _check_stored(stored: StoredViews | None, protocol: Protocol, factor: int, f
     for name, value in asked.items():
         if made.get(name) != value:
             raise UserError(
-                f"--protocols {protocol.name}: the stored views were made with {name} {made.get(name)}, not {value}; run"
-                " ddgen label --overwrite"
+                f"--protocols {protocol.name}: the stored views were made with {name} {made.get(name)}, not {value};"
+                " run ddgen label --overwrite"
             )
     return stored
 

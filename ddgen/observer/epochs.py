@@ -111,7 +111,7 @@ def list_epochs(observer_dir: Path) -> list[int]:
 
 
 def read_training(observer_dir: Path) -> dict[str, object]:
-    """Returns what is known of an observer's training: `seed`, `observer_holdout`, `epochs`, and `images`, a fingerprint.
+    """Returns what is known of an observer's training: `seed`, `observer_holdout`, `epochs`, `images` (a fingerprint).
 
     Raises:
         UserError: Nothing is.
