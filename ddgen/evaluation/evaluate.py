@@ -109,7 +109,7 @@ def evaluate(
         UserError: Before any training: artefacts whose classes or sizes do not match, settings that cannot be honoured.
     """
     recipes = [get_protocol(name) for name in protocols]
-    if stored is None and any(recipe.labels == "stored" for recipe in recipes):
+    if stored is None and any(recipe.labels == "views" for recipe in recipes):
         raise UserError("--protocols stored: the dataset has no stored views; make them with ddgen label")
     ipc = _check(distilled, train, test, observer, recipes, students, repeats, epochs, random_generated)
     sources = _sources(distilled, random_generated, train, ipc, seed)
@@ -124,7 +124,7 @@ def evaluate(
         for student in students
         for recipe in recipes
         for source in sources
-        if recipe.labels != "stored" or source.name == "distilled"
+        if recipe.labels != "views" or source.name == "distilled"
     ]
     results = Results(
         rows=tuple(rows),
@@ -277,7 +277,7 @@ def _label_bytes(recipe: Protocol, setting: _Setting) -> int:
     """Bytes that the recipe needs beside the images: the teacher's weights, stored views, or whole bytes per number."""
     if recipe.labels == "soft" and setting.observer is not None:
         return sum(value.numel() * value.element_size() for value in setting.observer.state_dict().values())
-    if recipe.labels == "stored" and setting.stored is not None:
+    if recipe.labels == "views" and setting.stored is not None:
         return setting.stored.num_bytes
     bytes_per_label = max(1, ((setting.num_classes - 1).bit_length() + 7) // 8)
     return setting.num_classes * setting.ipc * bytes_per_label
@@ -314,7 +314,7 @@ def _cell(
         seed=derive(setting.seed, "repeat", repeat),
         epochs=setting.epochs,
         flip=setting.flip,
-        stored=setting.stored if recipe.labels == "stored" else None,
+        stored=setting.stored if recipe.labels == "views" else None,
         on_epoch=on_epoch,
     )
     write_json(path, {"key": key, "images": source.name, "result": dataclasses.asdict(result)})
@@ -326,7 +326,7 @@ def _cell_key(
 ) -> dict[str, Any]:
     """Everything that the number of a cell depends on."""
     observer = setting.observer if recipe.labels == "soft" else None
-    stored = setting.stored if recipe.labels == "stored" else None
+    stored = setting.stored if recipe.labels == "views" else None
     return {
         "format": CELL_FORMAT,
         "images": _digest(*_bytes_of(images), *_bytes_of(labels)),

@@ -33,7 +33,7 @@ class Protocol:
     Attributes:
         name: Name in settings, tables and files.
         title: The recipe in one line, for reports.
-        labels: "soft": the observer labels every mixed batch; "hard": the class index; "stored": what the observer said
+        labels: "soft": the observer labels every mixed batch; "hard": the class index; "views": what the observer said
             of the dataset's stored views.
         norm: Normalisation layers of the student.
         optimizer: "adamw" or "sgd".
@@ -59,7 +59,7 @@ class Protocol:
 
     name: str
     title: str
-    labels: Literal["soft", "hard", "stored"]
+    labels: Literal["soft", "hard", "views"]
     norm: Literal["batch", "instance"]
     optimizer: Literal["adamw", "sgd"]
     learning_rate: float
@@ -186,7 +186,7 @@ STORED = replace(
     RDED,
     name="stored",
     title="soft labels of stored views (FKD), no observer, otherwise as rded",
-    labels="stored",
+    labels="views",
 )
 
 

@@ -142,7 +142,7 @@ def train_student(
     """
     if protocol.labels == "soft" and teacher is None:
         raise UserError(f"--protocols {protocol.name}: soft labels need a teacher; give --observer")
-    if protocol.labels == "stored":
+    if protocol.labels == "views":
         protocol = replace(protocol, temperature=_check_stored(stored, protocol, factor, flip).header.temperature)
     num_epochs = protocol.epochs(ipc) if epochs is None else epochs
     dataset = test.name
@@ -162,7 +162,7 @@ def train_student(
         batches = _stream(images.to(device), labels.to(device), protocol, num_epochs, batch_size, seed, factor, flip)
         if protocol.labels == "soft" and teacher is not None:
             batches = _with_teacher(batches, teacher.to(device).eval(), device, precision)
-        if protocol.labels == "stored" and stored is not None:
+        if protocol.labels == "views" and stored is not None:
             augment = view_augmenter(protocol, factor, flip)
             views = stored.stream(images.to(device), augment, epochs=num_epochs, batch_size=batch_size, seed=seed)
             batches = (_Batch(view, (own := logits.argmax(1)), own, 1.0, logits) for view, logits in views)

@@ -22,7 +22,7 @@ from ddgen.seeds import derive, numpy_generator
 NUM_STUDENTS = 2
 NUM_HELD_OUT = 1000
 MAX_IMAGES, MIN_CLASSES = 2000, 10  # with more images than that, a part of the classes decides
-IMAGES_SEEN, MIN_EPOCHS = 5000, 10  # of a student
+IMAGES_SEEN, MIN_EPOCHS, MAX_EPOCHS = 3000, 10, 100  # of a student
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def score_epochs(
     classes = _classes(train.num_classes, ipc, seed)
     scored_on = _held_out(train, held_out, classes, seed)
     draws = [_few_images(train, training, classes, ipc, derive(seed, "teacher epoch", r)) for r in range(NUM_STUDENTS)]
-    epochs = min(max(IMAGES_SEEN // len(draws[0]), MIN_EPOCHS), RDED.epochs(ipc))
+    epochs = min(max(IMAGES_SEEN // len(draws[0]), MIN_EPOCHS), MAX_EPOCHS)
     scores = []
     for epoch in sorted(candidates):
         teacher = candidates[epoch]()
