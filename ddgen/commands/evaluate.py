@@ -43,7 +43,7 @@ def evaluate(config: EvaluateConfig) -> int:
     observer = None
     if source is not None:
         (observer,) = load_teachers(
-            [source], distilled.class_names, config.teacher_epoch,
+            [source], distilled.class_names, None if config.dry_run else config.teacher_epoch,
             ipc=distilled.ipc, data=data, accelerator=accelerator, precision=precision,
         )  # fmt: skip
     students = config.students or default_students(observer)
