@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 
 from ddgen.checkpoint import write_bytes
 from ddgen.commands.evaluate import data_of_run, default_students, which_dataset
-from ddgen.commands.runs import load_on_all, start_accelerator
+from ddgen.commands.runs import load_on_all, observer_dir, start_accelerator
 from ddgen.commands.teachers import load_teachers
 from ddgen.config import DataConfig
 from ddgen.data import ImageDataset
@@ -129,7 +129,7 @@ def measure(settings: Settings) -> int:
     data = data_of_run(DataConfig(), run_dir)
     test = load_on_all(accelerator, data, "test")
     (observer,) = load_teachers(
-        [settings.observer or (run_dir or Path()) / "observer"], distilled.class_names, settings.teacher_epoch,
+        [settings.observer or observer_dir(run_dir or Path())], distilled.class_names, settings.teacher_epoch,
         ipc=distilled.ipc, data=data, accelerator=accelerator, precision=precision,
     )  # fmt: skip
     student = settings.student or default_students(observer)[0]

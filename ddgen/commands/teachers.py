@@ -89,7 +89,9 @@ def _choose(
 ) -> int:
     """Returns the epoch that teaches best, from the observer's folder if it has been found before."""
     if ipc < 1:
-        raise UserError(f"--teacher_epoch auto: chooses for a number of images per class, and --ipc is {ipc}; give an epoch")
+        raise UserError(
+            f"--teacher_epoch auto: chooses for a number of images per class, and --ipc is {ipc}; give an epoch"
+        )
     settings = {"format": CHOICE_FORMAT, "ipc": ipc, "epochs": known, "flip": data.may_flip}
     found = _read_choice(folder, settings)
     accelerator.wait_for_everyone()  # all have looked before anyone writes
