@@ -19,10 +19,12 @@ from ddgen.commands.runs import (
     random_generated_path,
     start_accelerator,
 )
+from ddgen.commands.teachers import load_teachers
 from ddgen.config import EvaluateConfig
 from ddgen.data import ImageDataset
 from ddgen.distill.dataset import DistilledDataset, read_manifest, update_results, versions
 from ddgen.distill.foreign_dataset import ForeignDataset, check_source, read_dataset
+from ddgen.distill.views import StoredViews
 from ddgen.errors import UserError
 from ddgen.evaluation.evaluate import Request
 from ddgen.evaluation.evaluate import evaluate as evaluate_students
@@ -37,7 +39,7 @@ from ddgen.observer.observer import Observer
 
 def evaluate(config: EvaluateConfig) -> int:
     """Trains students on the distilled images and on the baselines; writes results.json, a table, a figure, a page."""
-    run_dir, distilled_dir = _what_to_evaluate(config)
+    run_dir, distilled_dir = which_dataset(config.run_dir, config.ipc, config.distilled_dir)
     source = config.distilled_dir or str(distilled_dir)
     check_source(source) if config.distilled_dir is not None else read_manifest(distilled_dir)
     output_dir = _evaluation_dir(config, run_dir, distilled_dir)
@@ -49,13 +51,14 @@ def evaluate(config: EvaluateConfig) -> int:
     data = data_of_run(config.data, run_dir)
     train_images, test_images = (load_on_all(accelerator, data, split) for split in ("train", "test"))
     rounds = [read_dataset(source, train_images), *(_read_round(path, train_images) for path in config.rounds)]
+    recipes = [get_protocol(name) for name in config.protocols]
     own = () if run_dir is None else (observer_dir(run_dir),)
-    observers = [Observer.load(path, train_images.class_names) for path in config.observer or own]
-    default_student = _default_student(observers)
-    for name in config.protocols:
-        get_protocol(name)
+    observers = load_teachers(
+        config.observer or own, train_images.class_names, None if config.dry_run else config.teacher_epoch,
+        ipc=rounds[0].ipc, data=data, accelerator=accelerator, precision=precision,
+    )  # fmt: skip
     if config.dry_run:
-        students = ", ".join(config.students or (default_student,))
+        students = ", ".join(config.students or (default_student(observers),))
         print(f"dry run: {students} x {', '.join(config.protocols)} x {config.repeats} on {source}")
         return 0
     for remark in _remarks(rounds):
@@ -65,6 +68,9 @@ def evaluate(config: EvaluateConfig) -> int:
     generated = None
     if "random-generated" in config.baselines:
         generated = _load_random_generated(run_dir if ours else None, distilled_dir)
+    views = []
+    if any(recipe.labels == "views" for recipe in recipes):
+        views = [StoredViews.load(Path(path)) for path in (source, *config.rounds)]
     results = evaluate_students(
         Request(
             rounds=rounds,
@@ -81,8 +87,9 @@ def evaluate(config: EvaluateConfig) -> int:
             precision=precision,
             output_dir=output_dir,
             random_generated=(generated["pixels"], generated["labels"]) if generated else None,
+            views=views,
             with_full=config.with_full,
-            default_student=default_student,
+            default_student=default_student(observers),
             flip=data.may_flip,
         )
     )
@@ -132,17 +139,22 @@ def _load_random_generated(run_dir: Path | None, distilled_dir: Path) -> dict[st
     return load_file(path)
 
 
-def _what_to_evaluate(config: EvaluateConfig) -> tuple[Path | None, Path]:
-    if config.distilled_dir is not None:
-        path = Path(config.distilled_dir)
-        run_dir = Path(config.run_dir) if config.run_dir else None
+def which_dataset(given_run: str | None, ipc: int | None, given_dataset: str | None) -> tuple[Path | None, Path]:
+    """Returns the run, if there is one, and the distilled dataset that settings of these names mean.
+
+    Raises:
+        UserError: There is none.
+    """
+    if given_dataset is not None:
+        path = Path(given_dataset)
+        run_dir = Path(given_run) if given_run else None
         if run_dir is None and path.parent.name == "distilled" and (path.parent.parent / "config.yaml").is_file():
             run_dir = path.parent.parent
         return run_dir, path
-    run_dir, chosen = find_run(config.run_dir, with_generator=False)
+    run_dir, chosen = find_run(given_run, with_generator=False)
     print(f"run: {run_dir} ({chosen})")
-    if config.ipc is not None:
-        return run_dir, run_dir / "distilled" / f"ipc{config.ipc}"
+    if ipc is not None:
+        return run_dir, run_dir / "distilled" / f"ipc{ipc}"
     found = sorted((run_dir / "distilled").glob("*/class_names.json"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise UserError(f"--run_dir {run_dir}: no distilled dataset in it yet; make one with python sample.py --ipc 10")
@@ -165,7 +177,8 @@ def _evaluation_name(config: EvaluateConfig, distilled_dir: Path) -> str:
     return distilled_dir.resolve().stem if distilled_dir.is_file() else distilled_dir.resolve().name
 
 
-def _default_student(observers: list[Observer]) -> str:
+def default_student(observers: Sequence[Observer]) -> str:
+    """Returns the first observer's own network, where ddgen builds such students."""
     if observers and ":" not in observers[0].network:  # one that ddgen builds
         return observers[0].network
     return "convnet3"

@@ -14,6 +14,7 @@ from ddgen.checkpoint import read_json, write_json
 from ddgen.data import ImageDataset
 from ddgen.distill.dataset import DistilledDataset, encode_png
 from ddgen.distill.foreign_dataset import ForeignDataset
+from ddgen.distill.views import StoredViews
 from ddgen.evaluation.baselines import BY_FEATURES, by_features, random_real
 from ddgen.evaluation.batches import TrainingImages
 from ddgen.evaluation.cells import digest
@@ -46,12 +47,19 @@ class Source:
     epochs: int | None = None
 
 
-def distilled_source(rounds: Sequence[DistilledDataset | ForeignDataset]) -> Source:
-    """Returns the images to judge; where a generator ran several rounds, repeat r takes the r-th."""
+def distilled_source(rounds: Sequence[DistilledDataset | ForeignDataset], views: Sequence[StoredViews]) -> Source:
+    """Returns the images to judge; where a generator ran several rounds, repeat r takes the r-th.
+
+    Args:
+        rounds: The datasets.
+        views: The stored views of each, or none.
+    """
 
     def draw(repeat: int) -> TrainingImages:
-        found = rounds[repeat % len(rounds)]
-        return TrainingImages(found.pixels, found.labels, found.soft_labels, found.factor)
+        which = repeat % len(rounds)
+        found = rounds[which]
+        own_views = views[which] if views else None
+        return TrainingImages(found.pixels, found.labels, found.soft_labels, found.factor, own_views)
 
     return Source("distilled", draw, rounds[0].ipc)
 
