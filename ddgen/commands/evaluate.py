@@ -68,9 +68,7 @@ def evaluate(config: EvaluateConfig) -> int:
     generated = None
     if "random-generated" in config.baselines:
         generated = _load_random_generated(run_dir if ours else None, distilled_dir)
-    views = []
-    if any(recipe.labels == "views" for recipe in recipes):
-        views = [StoredViews.load(Path(path)) for path in (source, *config.rounds)]
+    with_views = any(recipe.labels == "views" for recipe in recipes)
     results = evaluate_students(
         Request(
             rounds=rounds,
@@ -87,7 +85,7 @@ def evaluate(config: EvaluateConfig) -> int:
             precision=precision,
             output_dir=output_dir,
             random_generated=(generated["pixels"], generated["labels"]) if generated else None,
-            views=views,
+            views=[StoredViews.load(Path(path)) for path in (source, *config.rounds)] if with_views else (),
             with_full=config.with_full,
             default_student=default_student(observers),
             flip=data.may_flip,

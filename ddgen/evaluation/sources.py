@@ -23,6 +23,7 @@ from ddgen.observer.observer import Observer, predict_pixels
 from ddgen.seeds import derive
 
 FULL_EPOCHS = 30  # of students on all real images; the protocols' own are made for a few images a class
+CHOICE_FORMAT = 2  # of the baselines that choose: raise it when the same settings would choose others
 _MEASURED_IMAGES = 1000
 
 
@@ -147,7 +148,7 @@ def _chosen(
     precision: str,
     cache_dir: Path,
 ) -> Tensor:
-    key = [name, train.fingerprint, observer.fingerprint, counts, precision, device.type]
+    key = [CHOICE_FORMAT, name, train.fingerprint, observer.fingerprint, counts, precision, device.type]
     path = cache_dir / f"{name}-{digest(json.dumps(key).encode())}.json"
     if not path.is_file():
         chosen = by_features(train, counts, name, observer, device=device, precision=precision)
