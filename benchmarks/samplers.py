@@ -46,6 +46,7 @@ from ddgen.evaluation.protocol_files import get_protocol
 from ddgen.evaluation.students import IMAGENET_LOOK, Job, TrainingImages, train_student
 from ddgen.observer.observer import Observer
 from ddgen.observer.realism import realism_losses
+from ddgen.seeds import numpy_generator
 
 Result = dict[str, Any]
 SAMPLERS = ("ddim", "dpmsolver++", "unipc", "ipndm", "heun")
@@ -86,6 +87,8 @@ class Settings:
     """Students of every setting; 0 leaves them out."""
     epochs: int | None = None
     """Epochs of students instead of the protocol's."""
+    num_test_images: int | None = None
+    """Real test images, drawn at random, that score students. Default: all."""
     seed: int = 0
     """Seed of images and students."""
 
@@ -134,7 +137,7 @@ def _open(settings: Settings, run_dir: Path, root: Path) -> Bench:
     accelerator, precision = start_accelerator(None)
     train = load_on_all(accelerator, config.data, "train")
     with_students = "guidance" in settings.studies and settings.repeats
-    test = load_on_all(accelerator, config.data, "test") if with_students else None
+    test = _some(load_on_all(accelerator, config.data, "test"), settings) if with_students else None
     generator = load_generator(run_dir / "generator", accelerator.device, precision)
     observer = Observer.load(run_dir / "observer", generator.class_names).to(accelerator.device)
     measured = replace(config, monitor=replace(config.monitor, fid_num_images=settings.num_images))
@@ -142,6 +145,12 @@ def _open(settings: Settings, run_dir: Path, root: Path) -> Bench:
     root.mkdir(parents=True, exist_ok=True)
     monitor = monitor_of_run(measured, train, observer, extractor, root, accelerator)
     return Bench(settings, generator, observer, monitor, test, config.data.may_flip, precision)
+
+
+def _some(test: ImageDataset, settings: Settings) -> ImageDataset:
+    order = numpy_generator(settings.seed, "samplers-test").permutation(len(test))[: settings.num_test_images]
+    rows = torch.from_numpy(order)
+    return replace(test, pixels=test.pixels[rows], labels=test.labels[rows])
 
 
 def _wanted(settings: Settings, generator: Generator) -> list[tuple[str, dict[str, Any]]]:

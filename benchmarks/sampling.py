@@ -37,9 +37,12 @@ from ddgen.config import FAST, AutoencoderConfig, DenoiserConfig, GuidanceConfig
 from ddgen.diffusion.generator import Generator, load_generator
 from ddgen.diffusion.objective import build_scheduler
 from ddgen.diffusion.unet import build_unet
+from ddgen.distill.batching import BatchSizes, memory_of
+from ddgen.distill.filling import fill, missing_keys
 from ddgen.distill.pool import CandidatePool
 from ddgen.hardware import device_name, number_format
-from ddgen.precision import resolve_precision
+from ddgen.precision import memory_format, resolve_precision
+from ddgen.timing import Clock
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ def _generator(settings: Settings, device: torch.device, precision: str) -> Gene
     autoencoder = wrap(vae, device, precision).with_statistics(torch.zeros(12), torch.ones(12))
     names = tuple(f"class {label}" for label in range(10))
     sampling = replace(GuidanceConfig(), guidance_scale=2.0, guidance_interval=(0.2, 0.9))
-    unet = unet.to(device).eval().requires_grad_(False)
+    unet = unet.to(device, memory_format=memory_format(device, precision)).eval().requires_grad_(False)
     return Generator(unet, autoencoder, build_scheduler(config), names, 32, sampling, precision)
 
 
@@ -119,8 +122,16 @@ def _ours(generator: Generator, count: int, folder: Path) -> Callable[[int], Non
     classes = len(generator.class_names)
 
     def turn(round_number: int) -> None:
-        pool = CandidatePool.open(folder / str(round_number), generator, seed=round_number)
-        pool.fill(generator, count // classes, progress=False)
+        pool = CandidatePool.open(
+            folder / str(round_number),
+            class_names=generator.class_names,
+            image_size=generator.image_size,
+            seed=round_number,
+            settings=generator.settings(),
+        )
+        keys = missing_keys(pool, range(classes), count // classes)
+        sizes = BatchSizes(None, memory_of(generator.unet.device, 1))
+        fill(pool, generator, keys, sizes=sizes, clock=Clock())
 
     return turn
 

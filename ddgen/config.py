@@ -29,6 +29,10 @@ DatasetName = Literal[
     "digits", "cifar10", "cifar100", "tinyimagenet", "imagenette", "imagewoof", "imagenet1k", "imagefolder", "parquet"
 ]
 Precision = Literal["no", "bf16", "fp16"]
+STEPS: dict[str, int] = {"unipc": 10, "dpmsolver++": 15, "ipndm": 15, "heun": 15, "ddim": 50}
+"""Steps that a sampler takes where --num_inference_steps is not given; docs/sampling.md has the measurements."""
+FAST: dict[str, Any] = {"sampler": "unipc", "num_inference_steps": 6}
+"""What --fast stands for."""
 Sampler = Literal["ddim", "dpmsolver++", "unipc", "heun", "ipndm"]
 Selection = Literal[
     "realism",
@@ -202,16 +206,27 @@ class MonitorConfig:
 class GuidanceConfig:
     """Sampling of the diffusion model."""
 
-    num_inference_steps: int = 50
-    """Sampler steps, 1 to 1000. A step asks the denoiser once; one of heun, but for the last, twice."""
+    num_inference_steps: int | None = None
+    """Sampler steps, 1 to 1000. A step asks the denoiser once; one of heun, but for the last, twice. Default: 10 of
+    unipc, 50 of ddim, 15 of the others."""
     guidance_scale: float = 1.5
     """Classifier-free guidance; 1 is none."""
     guidance_interval: tuple[float, float] = (0.30, 0.85)
     """Part of the noise levels, 0 clean to 1 noise in the schedule's time, in which guidance acts."""
-    sampler: Sampler = "ddim"
+    sampler: Sampler = "unipc"
     """Solver."""
     eta: float = 0.0
     """Fresh noise in every step of ddim: 0 none, 1 as much as in DDPM."""
+
+    @property
+    def steps(self) -> int:
+        """Sampler steps that are taken."""
+        return STEPS[self.sampler] if self.num_inference_steps is None else self.num_inference_steps
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the settings as JSON values, with the steps that are taken."""
+        values = dataclasses.asdict(self) | {"num_inference_steps": self.steps}
+        return values | {"guidance_interval": list(self.guidance_interval)}
 
 
 @dataclass(frozen=True)
@@ -313,8 +328,11 @@ class SampleConfig:
     budget_seconds: float | None = None
     """Generate candidates for so many seconds, loading not counted, one of each class in turn; a stopped command goes
     on with the seconds that are left. Every process has all of them."""
+    fast: bool = False
+    """UniPC in 6 steps; --sampler and --num_inference_steps stand over it."""
     num_inference_steps: int | None = None
-    """Sampler steps. Default: the run's."""
+    """Sampler steps. Default: the run's; with another --sampler, that one's own: 10 of unipc, 50 of ddim, 15 of the
+    others."""
     guidance_scale: float | None = None
     """Classifier-free guidance. Default: the run's."""
     guidance_interval: tuple[float, float] | None = None

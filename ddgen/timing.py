@@ -17,7 +17,7 @@ def untimed(_: str) -> AbstractContextManager[None]:
 
 
 class Clock:
-    """Adds up seconds per stage; a `Timed`.
+    """Adds up seconds per stage; a `Timed`. A stage inside another is not counted in that one.
 
     Args:
         wait: Called at the end of a stage: waits for what a GPU has been given to do.
@@ -30,17 +30,21 @@ class Clock:
     def __init__(self, wait: Callable[[], None] = lambda: None, now: Callable[[], float] = time.perf_counter) -> None:
         self.wait, self.now = wait, now
         self.seconds: defaultdict[str, float] = defaultdict(float)
+        self._inside = 0.0  # seconds of the stages inside the one that is open
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        start = self.now()
+        start, outside, self._inside = self.now(), self._inside, 0.0
         try:
             yield
             self.wait()
         finally:
-            self.seconds[stage] += self.now() - start
+            seconds = self.now() - start
+            self.seconds[stage] += seconds - self._inside
+            self._inside = outside + seconds
 
-    def shares(self) -> str:
-        """Returns how the time was shared out so far: ``sampling 81 %, decoding 19 %``."""
-        total = sum(self.seconds.values()) or 1.0
-        return ", ".join(f"{stage} {100 * seconds / total:.0f} %" for stage, seconds in self.seconds.items())
+    def shares(self, *, without: str = "") -> str:
+        """Returns how the time was shared out so far, but for one stage: ``sampling 81 %, decoding 19 %``."""
+        seconds = {stage: spent for stage, spent in self.seconds.items() if stage != without}
+        total = sum(seconds.values()) or 1.0
+        return ", ".join(f"{stage} {100 * spent / total:.0f} %" for stage, spent in seconds.items())

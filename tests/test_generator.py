@@ -21,7 +21,7 @@ from ddgen.autoencoder.autoencoder import identity, wrap
 from ddgen.autoencoder.patch_autoencoder import PatchAutoencoderKL
 from ddgen.checkpoint import read_json, write_json
 from ddgen.commands.own_generator import own_generator
-from ddgen.config import DenoiserConfig, GuidanceConfig, OptimizerConfig, SampleConfig
+from ddgen.config import FAST, DenoiserConfig, GuidanceConfig, OptimizerConfig, SampleConfig
 from ddgen.diffusion.autoguidance import load_guide
 from ddgen.diffusion.ema import PowerEMA
 from ddgen.diffusion.generator import Generator, check_sampling, load_generator, save_generator
@@ -60,7 +60,7 @@ def generator() -> Generator:
     unet = random_unet(0).to(memory_format=memory_format(CPU, "no"))
     vae = PatchAutoencoderKL(latent_channels=4, downsample=4, block_out_channels=())
     autoencoder = wrap(vae, CPU, "no").with_statistics(torch.arange(4.0) / 10, torch.arange(1.0, 5.0))
-    sampling = GuidanceConfig(num_inference_steps=6, guidance_scale=2.0)
+    sampling = GuidanceConfig(num_inference_steps=6, guidance_scale=2.0, sampler="ddim")
     return Generator(unet, autoencoder, scheduler_of("v_prediction"), NAMES, 16, sampling, "no")
 
 
@@ -370,3 +370,20 @@ def test_settings_of_sample_reach_the_generator(generator: Generator, tmp_path: 
         own_generator(replace(config, guidance_scale=1.0), tmp_path / "run" / "generator", CPU, "no")
     with pytest.raises(UserError, match=r"--eta 0\.5: only ddim"):
         own_generator(replace(config, sampler="heun"), tmp_path / "run" / "generator", CPU, "no")
+
+
+def test_fast_is_a_sampler_and_steps_over_which_flags_stand(generator: Generator, tmp_path: Path) -> None:
+    save_generator(generator, tmp_path / "generator", "card")
+
+    def sampling(**settings: object) -> tuple[str, int]:
+        config = SampleConfig(**settings)  # type: ignore[arg-type]
+        found = own_generator(config, tmp_path / "generator", CPU, "no").sampling
+        assert found.guidance_scale == generator.sampling.guidance_scale
+        return found.sampler, found.num_inference_steps
+
+    assert sampling() == (generator.sampling.sampler, generator.sampling.num_inference_steps)
+    assert sampling(sampler="ipndm") == ("ipndm", 15) and sampling(sampler="ddim") == ("ddim", 6)
+    assert sampling(sampler="unipc", num_inference_steps=9) == ("unipc", 9)
+    assert sampling(fast=True) == (FAST["sampler"], FAST["num_inference_steps"])
+    assert sampling(fast=True, num_inference_steps=12) == (FAST["sampler"], 12)
+    assert sampling(fast=True, sampler="heun") == ("heun", FAST["num_inference_steps"])

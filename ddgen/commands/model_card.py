@@ -83,7 +83,7 @@ def _introduction(dataset: ImageDataset, generator: Generator) -> str:
     return f"""# Class-conditional diffusion model of {dataset.name}
 
 Makes {size} x {size} images of {dataset.num_classes} classes. Unless told otherwise it samples with {sampling.sampler},
-{sampling.num_inference_steps} steps, guidance {sampling.guidance_scale:g} at noise levels {low:g} to {high:g}."""
+{sampling.steps} steps, guidance {sampling.guidance_scale:g} at noise levels {low:g} to {high:g}."""
 
 
 def _pictures(config: TrainConfig, pictures: list[Path]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ddgen.config import SampleConfig
+from ddgen.config import FAST, STEPS, SampleConfig
 from ddgen.diffusion.autoguidance import load_guide
 from ddgen.diffusion.generator import Generator, check_sampling, load_generator
 from ddgen.errors import UserError
@@ -25,7 +25,12 @@ def own_generator(config: SampleConfig, path: Path, device: torch.device, precis
     Raises:
         UserError: There is no generator, or the settings do not fit each other or it.
     """
-    generator = load_generator(path, device, precision).with_sampling(
+    generator = load_generator(path, device, precision)
+    if config.fast:
+        generator = generator.with_sampling(**FAST)
+    elif config.sampler not in (None, generator.sampling.sampler):
+        generator = generator.with_sampling(num_inference_steps=STEPS[config.sampler])
+    generator = generator.with_sampling(
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale,
         guidance_interval=config.guidance_interval,

@@ -94,7 +94,7 @@ def _sample(config: SampleConfig, run_dir: Path, output_dir: Path, accelerator: 
                 device=device,
                 precision=precision,
             ),
-            real=_real_scores(config, run_dir, observer, accelerator, precision),
+            real=_real_scores(config, run_dir, observer, accelerator, precision, clock),
             score_settings={"observer": observer.fingerprint, "precision": precision, "device": device.type},
             run_dir=run_dir,
             accelerator=accelerator,
@@ -134,7 +134,7 @@ def _observer(
 
 
 def _real_scores(
-    config: SampleConfig, run_dir: Path, observer: Observer, accelerator: Accelerator, precision: str
+    config: SampleConfig, run_dir: Path, observer: Observer, accelerator: Accelerator, precision: str, clock: Clock
 ) -> RealScores:
     """Returns what scores the real images of the classes that the rule or its report looks at.
 
@@ -150,12 +150,14 @@ def _real_scores(
         accelerator.print(f"{'coverage':<12}not measured, without the real images: {error}")
         return no_real_images
     compared = set(compared_classes(config.selection, dataset.num_classes))
+    fused_on = accelerator.device
+    fused = for_inference(observer, fused_on)
 
     def scores(label: int) -> RealismScores | None:
         if label not in compared:
             return None
-        device = accelerator.device
-        return real_class_scores(observer, dataset, label, config.seed, device=device, precision=precision)
+        with clock("real images"):
+            return real_class_scores(fused, dataset, label, config.seed, device=fused_on, precision=precision)
 
     return scores
 

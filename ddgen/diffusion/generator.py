@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +137,7 @@ class Generator:
             schedule=schedule,
             guide=None if self.guide is None else self.guide.unet,
         )
-        steps, sampler = settings.num_inference_steps, settings.sampler
+        steps, sampler = settings.steps, settings.sampler
         with autocast(device, self.precision if self.unet.dtype == torch.float32 else "no"):
             return solve(denoise, draw(), schedule, steps, sampler, eta=settings.eta, draw=draw)
 
@@ -152,11 +152,10 @@ class Generator:
 
     def settings(self) -> dict[str, Any]:
         """Returns, as JSON, everything an image depends on beside (seed, class, index)."""
-        sampling = asdict(self.sampling) | {"guidance_interval": list(self.sampling.guidance_interval)}
         return {
             "generator": self.fingerprint(),
             "guide": None if self.guide is None else self.guide.fingerprint,
-            **sampling,
+            **self.sampling.to_dict(),
             "precision": self.precision,
             "device": self.unet.device.type,
             "compiled": self.compiled_batch_size is not None,
@@ -165,9 +164,9 @@ class Generator:
     def describe(self) -> dict[str, str]:
         """Returns what a distilled dataset's card says of where its images are from."""
         sampling, size = self.sampling, sum(p.numel() for p in self.unet.parameters())
-        steps = f"{sampling.num_inference_steps} step{'s' if sampling.num_inference_steps > 1 else ''}"
-        evaluations = num_evaluations(sampling.sampler, sampling.num_inference_steps)
-        if evaluations != sampling.num_inference_steps:
+        steps = f"{sampling.steps} step{'s' if sampling.steps > 1 else ''}"
+        evaluations = num_evaluations(sampling.sampler, sampling.steps)
+        if evaluations != sampling.steps:
             steps += f" of together {evaluations} evaluations"
         guidance = "none"
         if sampling.guidance_scale != 1:
@@ -200,7 +199,7 @@ def check_sampling(sampling: GuidanceConfig, num_train_timesteps: int = 1000) ->
     Raises:
         UserError: Naming the setting.
     """
-    steps = sampling.num_inference_steps
+    steps = sampling.steps
     if not 1 <= steps <= num_train_timesteps:
         raise UserError(f"--num_inference_steps {steps}: give 1 to {num_train_timesteps}")
     if sampling.eta and sampling.sampler != "ddim":
@@ -237,7 +236,7 @@ def save_generator(
         "latents_std": generator.autoencoder.latents_std.flatten().tolist(),
         "class_names": list(generator.class_names),
         "image_size": generator.image_size,
-        "sampling": asdict(generator.sampling) | {"guidance_interval": list(generator.sampling.guidance_interval)},
+        "sampling": generator.sampling.to_dict(),
         "ema_std": generator.ema_std,
     }
     with atomic_dir(path, replace=replace_existing) as temporary:

@@ -96,7 +96,8 @@ class BatchSizes:
     """Finds how many images to sample together, while they are sampled.
 
     The size doubles as long as that brings more than 5 % more images per second and the next would fit; then the best
-    one stays. At every size the first batch only warms up, and the second is measured.
+    one stays. A size that seems to bring nothing is measured a second time: its first batch may have warmed something
+    up, or been disturbed.
 
     Args:
         fixed: Always this size.
@@ -110,7 +111,7 @@ class BatchSizes:
         self.fixed, self.memory = fixed, memory
         self.size = fixed or FIRST_SIZE
         self._settled = fixed is not None
-        self._warm = False
+        self._tried = False
         self._best: tuple[float, int] = (0.0, self.size)  # images per second, size
 
     def before(self) -> None:
@@ -121,14 +122,13 @@ class BatchSizes:
         """Takes what a batch of `count` images has taken, and decides on the size of the next."""
         if self._settled or count != self.size:  # a last, smaller batch says nothing
             return
-        if not self._warm:
-            self._warm = True
-            return
         rate, best = count / max(seconds, 1e-9), self._best
         if rate <= GAIN * best[0]:
-            self.size, self._settled = best[1], True
+            if self._tried:
+                self.size, self._settled = best[1], True
+            self._tried = True
             return
-        self._best, self._warm = (rate, self.size), False
+        self._best, self._tried = (rate, self.size), False
         taken, free = self.memory.after()
         if 2 * self.size > LARGEST_SIZE or 2 * seconds > LONGEST_SECONDS or 2 * taken > MEMORY_SHARE * free:
             self._settled = True

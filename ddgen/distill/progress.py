@@ -102,7 +102,7 @@ class Watch:
             tqdm.write(f"first image after {seconds_since_start():.1f} s")
         self.num_made += len(labels)
         left = f"{max(0.0, self.budget.seconds - self.budget.spent):,.0f} s left, " if self.budget else ""
-        self.bar.set_postfix_str(left + self.clock.shares(), refresh=False)
+        self.bar.set_postfix_str(left + self.clock.shares(without="loading"), refresh=False)
         self.bar.update(len(labels))
         if self.latest is not None:
             self.latest.add(labels, pixels)
