@@ -11,7 +11,17 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from ddgen.config import DistillConfig, EvaluateConfig, SampleConfig, TrainConfig, TrainObserverConfig, parse
+from ddgen.config import (
+    DistillConfig,
+    EvaluateConfig,
+    ExportConfig,
+    LabelConfig,
+    ReportConfig,
+    SampleConfig,
+    TrainConfig,
+    TrainObserverConfig,
+    parse,
+)
 from ddgen.errors import Stopped, UserError
 from ddgen.launch import start_asked_for_processes, stop_with_launcher
 
@@ -24,7 +34,10 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
         "distill:distill",
         "crop real images, keep the best crops, relabel them (RDED)",
     ),
+    "label": (LabelConfig, "label:label", "store the observer's labels of augmented views beside a distilled dataset"),
     "evaluate": (EvaluateConfig, "evaluate:evaluate", "score students trained on a distilled dataset on real images"),
+    "report": (ReportConfig, "report:report", "write a run's report, one HTML page"),
+    "export": (ExportConfig, "export:export", "write a distilled dataset in the format of a challenge or benchmark"),
 }
 """Name -> settings, where the function is in ddgen.commands, and what it does."""
 

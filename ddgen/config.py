@@ -247,6 +247,12 @@ class ObserverConfig:
     """Side to which the observer resizes its input. Default: the image size."""
     observer_holdout: float = 0.1
     """Part of the training images kept aside to measure its accuracy."""
+    observer_keep_epochs: tuple[int, ...] | None = None
+    """Epochs after which the observer is kept as it is then, in observer/epochs: less trained teachers label better
+    at small ipc. Default: 1 2 3 5 8 12 18 27 ..., each half as many again."""
+    observer_confidences: bool = True
+    """Log the probability of the true class of every training image after every epoch, in observer/confidences.npy;
+    costs about a third of the training time."""
 
 
 @dataclass(frozen=True)
@@ -343,8 +349,11 @@ class SampleConfig:
     sample_batch_size: int | None = None
     """Images sampled together; changes them by no more than rounding. Default: found while sampling,
     within memory; 256 where the denoiser is compiled, which is for one size."""
-    observer: str | None = None
-    """Observer folder or hub id. Default: the run's."""
+    observer: tuple[str, ...] | None = None
+    """Observer folders or hub ids: the first ranks, all label, their probabilities averaged. Default: the run's."""
+    teacher_epoch: int | Literal["auto"] | None = None
+    """Label with the observer as it was after this epoch; `auto`: the kept epoch that teaches students of this ipc
+    best, on held-out training images. Default: fully trained."""
     selection: Selection = "realism"
     """Rule that keeps candidates of a class; RDED's is realism."""
     factor: int = 1
@@ -426,7 +435,8 @@ class EvaluateConfig:
     ipc: int | None = None
     """Which of the run's distilled datasets. Default: the newest."""
     distilled_dir: str | None = None
-    """A distilled dataset anywhere, instead of the run's."""
+    """A dataset instead of the run's: a folder that sample.py wrote, class folders of images, parquet files, a
+    challenge's cifar100.pt or tinyimagenet.pt, or the id of a dataset of the hub."""
     rounds: tuple[str, ...] = ()
     """Distilled datasets of further rounds of the generator, which eccv2024-track2 asks for (two): student 2 trains on
     the first of them, and so on."""
@@ -436,8 +446,9 @@ class EvaluateConfig:
     efficientnet_b0, vit, swin, torchvision:<name>, or transformers:<folder or hub id of a config>. Default: the
     protocol's, otherwise the observer's, if it is one that ddgen builds, otherwise convnet3."""
     protocols: tuple[str, ...] = ("rded", "hard")
-    """Recipes to train students with: rded, hard, eccv2024-track1, eccv2024-track2, strong, fixed-soft, one of these
-    with -plain (no augmentation), or a YAML file (configs/protocols/example.yaml)."""
+    """Recipes to train students with: rded, hard, eccv2024-track1, eccv2024-track2, strong, fixed-soft, stored (the
+    views that `ddgen label` stores), one of these with -plain (no augmentation), or a YAML file
+    (configs/protocols/example.yaml)."""
     baselines: tuple[Literal["random-generated", "random-real", "herding", "k-center"], ...] = (
         "random-generated", "random-real",
     )  # fmt: skip
@@ -452,12 +463,80 @@ class EvaluateConfig:
     observer: tuple[str, ...] | None = None
     """Teachers of soft protocols, folders or hub ids: one after another, observers against students; `strong` takes
     the mean of all. Default: the run's observer."""
+    teacher_epoch: int | Literal["auto"] | None = None
+    """Teach with the observer as it was after this epoch; `auto`: the kept epoch that teaches students of this ipc
+    best, on held-out training images. Default: fully trained."""
     output_dir: str | None = None
     """Where results go. Default: <run_dir>/evaluation/ipc<ipc>."""
     overwrite: bool = False
     """Replace existing results."""
     seed: int = 0
     """Seed of the students and of the random baselines."""
+    mixed_precision: Precision | None = None
+    """Autocast precision. Default: what `accelerate launch` was given, otherwise bf16 where the hardware is fast at
+    it."""
+    dry_run: bool = False
+    """Say what would happen and stop."""
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write a distilled dataset in the format of others."""
+
+    distilled_dir: str | None = None
+    """The distilled dataset, a folder that sample.py wrote."""
+    format: Literal["challenge", "dd-ranking"] | None = None
+    """`challenge`: cifar100.pt or tinyimagenet.pt of the ECCV 2024 challenge, 10 images a class. `dd-ranking`: a folder
+    of images and a tensor of labels."""
+    output: str | None = None
+    """File or folder to write. Default: <distilled_dir>-challenge/<dataset>.pt, or <distilled_dir>-dd-ranking."""
+    overwrite: bool = False
+    """Replace an earlier export."""
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Write a run's report, one HTML page that holds its pictures: what was distilled, scores, time, commands."""
+
+    run_dir: str | None = None
+    """A run, finished or not. Default: the newest finished one under runs/."""
+    output: str | None = None
+    """The page. Default: <run_dir>/report.html, replaced if it is there."""
+
+
+@dataclass(frozen=True)
+class LabelConfig:
+    """Store the observer's labels of augmented views beside a distilled dataset: students then need no teacher."""
+
+    run_dir: str | None = None
+    """The training run whose observer and distilled dataset are used. Default: the newest under runs/."""
+    ipc: int | None = None
+    """Which of the run's distilled datasets. Default: the newest."""
+    distilled_dir: str | None = None
+    """A distilled dataset anywhere, instead of the run's."""
+    data: DataConfig = field(default_factory=DataConfig)
+    views: int | None = None
+    """Epochs of augmented views, each image once an epoch; longer training goes round them. Default: as many as the
+    rded protocol trains."""
+    keep_every: int = 1
+    """Store every m-th of these epochs only."""
+    top_k: int | None = None
+    """Store the k largest logits of a view only; the probability of the rest is spread evenly. Default: all."""
+    shrink: bool = False
+    """Apply --keep_every and --top_k to the views that are stored already, without an observer."""
+    observer: tuple[str, ...] | None = None
+    """Observer folders or hub ids; several are averaged in probability. Default: the run's."""
+    teacher_epoch: int | Literal["auto"] | None = None
+    """Label with the observer as it was after this epoch; `auto`: the kept epoch that teaches students of this ipc
+    best, on held-out training images. Default: fully trained."""
+    soft_label_temperature: float | None = None
+    """Temperature at which students compare, and several observers are averaged. Default: the rded protocol's, 20."""
+    label_batch_size: int = 512
+    """Views labelled together; does not change the views."""
+    overwrite: bool = False
+    """Replace views that are stored already."""
+    seed: int = 0
+    """Seed of the views."""
     mixed_precision: Precision | None = None
     """Autocast precision. Default: what `accelerate launch` was given, otherwise bf16 where the hardware is fast at
     it."""
@@ -474,7 +553,8 @@ RANGES: dict[str, tuple[float, float]] = {
         "unet_channels", "unet_layers_per_block", "train_batch_size", "max_train_steps", "gradient_accumulation_steps",
         "fid_num_inference_steps", "log_every", "num_inference_steps", "observer_epochs", "observer_batch_size",
         "observer_input_size", "checkpointing_steps", "checkpoints_total_limit", "candidates_per_image",
-        "sample_batch_size", "repeats", "epochs", "factor", "mipc", "num_crop",
+        "sample_batch_size", "repeats", "epochs", "factor", "mipc", "num_crop", "observer_keep_epochs",
+        "teacher_epoch", "views", "keep_every", "top_k", "label_batch_size",
     )},
     **{name: (0, math.inf) for name in (
         "vae_train_steps", "vae_kl_weight", "vae_perceptual_weight", "vae_equivariance_weight",

@@ -122,7 +122,12 @@ def test_the_three_commands_end_in_a_table(
     selection = dataset.provenance["selection"]
     assert selection["mean_realism_loss_kept"] < selection["mean_realism_loss_pool"]
     assert dataset.realism.double().mean().item() == pytest.approx(selection["mean_realism_loss_kept"], rel=1e-6)
+    rejected = load_file(own_run / "baselines" / "best-rejected-ipc2.safetensors")
+    assert rejected["labels"].bincount().tolist() == [6, 6, 6]  # of 8 candidates a class, 2 are kept
+    for label in range(3):
+        assert rejected["realism"][rejected["labels"] == label].min() >= dataset.realism[dataset.labels == label].max()
     assert evaluate.main(["--epochs", "1", "--repeats", "1", "--mixed_precision", "no"]) == 0
+    assert "Best rejected candidates" in (own_run / "report.html").read_text(encoding="utf-8")
     out = capsys.readouterr().out
     assert "random generated" in out and "random real" in out and "distilled" in out
     results = json.loads((own_run / "evaluation" / "ipc2" / "results.json").read_text())

@@ -12,6 +12,7 @@ import yaml
 from ddgen import cli
 from ddgen.config import (
     EvaluateConfig,
+    LabelConfig,
     SampleConfig,
     TrainConfig,
     TrainObserverConfig,
@@ -25,7 +26,7 @@ from ddgen.config import (
 from ddgen.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-KINDS = [TrainConfig, TrainObserverConfig, SampleConfig, EvaluateConfig]
+KINDS = [TrainConfig, TrainObserverConfig, SampleConfig, LabelConfig, EvaluateConfig]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -155,4 +156,4 @@ def test_the_list_of_commands_is_the_help(capsys: pytest.CaptureFixture[str]) ->
     listed = capsys.readouterr().out
     assert all(name in listed for name in cli.COMMANDS)
     assert cli.main(["distil"]) == 2
-    assert "distil: unknown command; one of train, observer, sample, distill, evaluate" in capsys.readouterr().err
+    assert f"distil: unknown command; one of {', '.join(cli.COMMANDS)}" in capsys.readouterr().err

@@ -16,9 +16,10 @@ from evaluation_cases import CPU, colour_observer, colours
 from PIL import Image
 
 from ddgen.distill.dataset import DistilledDataset
+from ddgen.distill.foreign_dataset import ForeignDataset
 from ddgen.errors import UserError
 from ddgen.evaluation import cells
-from ddgen.evaluation.baselines import by_features, herding, k_center, random_real
+from ddgen.evaluation.baselines import by_features, random_real
 from ddgen.evaluation.batches import TrainingImages, stream
 from ddgen.evaluation.evaluate import Request, evaluate
 from ddgen.evaluation.measures import augmentation_robust_score, dd_ranking, label_robust_score
@@ -28,7 +29,7 @@ from ddgen.evaluation.rows import Row
 from ddgen.evaluation.scoring import score
 from ddgen.evaluation.students import IMAGENET_LOOK, Job, Learner, batch_loss, train_student
 from ddgen.memory import keep_freed_memory
-from ddgen.observer.observer import Observer
+from ddgen.observer.observer import Observer, predict_pixels
 
 
 @pytest.fixture(scope="module")
@@ -66,21 +67,20 @@ def job(**changes: Any) -> Job:
 # --- baselines
 
 
-def test_herding_follows_the_mean() -> None:
-    features = torch.tensor([[0.0], [1.0], [2.0], [9.0]])  # mean 3: 2; then 2 and 1 (1.5), 0 (1) or 9 (5.5)?
-    assert herding(features, 4).tolist() == [2, 1, 3, 0]
-
-
-def test_k_center_goes_to_the_farthest() -> None:
-    features = torch.tensor([[0.0], [1.0], [5.0], [10.0], [10.0]])  # mean 5.2
-    assert k_center(features, 5).tolist() == [2, 0, 3, 1, 4]
-
-
 def test_choosing_by_features_is_per_class(teacher: Observer) -> None:
+    """The first is nearest to its class's mean: by direction for herding, by distance for k-center."""
     train = colours(9, "train")
+    green = predict_pixels(teacher, train.pixels[9:18], what="features", batch_size=9, device=CPU, precision="no")
+
+    def chosen_alone(method: str) -> int:
+        points = F.normalize(green, dim=1) if method == "herding" else green
+        mean = points.mean(0)
+        return 9 + int((points @ mean).argmax() if method == "herding" else (points - mean).norm(dim=1).argmin())
+
     for method in ("herding", "k-center"):
         chosen = by_features(train, (1, 3, 2), method, teacher, device=CPU, precision="no")
         assert train.labels[chosen].tolist() == [0, 1, 1, 1, 2, 2] and len(set(chosen.tolist())) == 6
+        assert chosen[1] == chosen_alone(method)
     with pytest.raises(UserError, match=r"--ipc 10: class red .* only 9 training images for the herding baseline"):
         by_features(train, 10, "herding", teacher, device=CPU, precision="no")
 
@@ -258,6 +258,15 @@ def test_stored_labels_of_baselines_come_from_the_observer(tmp_path: Path, teach
         run(tmp_path, teacher, observers=[], protocols=("fixed-soft",), baselines=("random-real",))
     with pytest.raises(UserError, match="--baselines herding: it works on features of an observer"):
         run(tmp_path, teacher, observers=[], protocols=("hard",), baselines=("herding",))
+
+
+def test_stored_labels_are_not_made_up_for_a_dataset_that_has_none(tmp_path: Path, teacher: Observer) -> None:
+    own = distilled((2, 2, 2))
+    foreign = ForeignDataset(own.pixels, own.labels, None, own.class_names, ())
+    with pytest.raises(UserError, match="--protocols fixed-soft: the dataset has no soft labels; take rded or hard"):
+        run(tmp_path, teacher, rounds=[own, foreign], protocols=("fixed-soft",))
+    theirs, ours = (run(tmp_path / name, teacher, rounds=[found]) for name, found in (("a", foreign), ("b", own)))
+    assert theirs.rows[0].scores == ours.rows[0].scores
 
 
 def test_freed_memory_is_kept() -> None:

@@ -172,7 +172,9 @@ def test_saved_and_loaded_is_the_same(trained: tuple[Observer, Path]) -> None:
         kwargs = {"what": what, "batch_size": 32, "device": CPU, "precision": "no"}
         left, right = predict_pixels(observer, pixels, **kwargs), predict_pixels(loaded, pixels, **kwargs)  # type: ignore[arg-type]
         torch.testing.assert_close(left, right, atol=0, rtol=0)
-    assert sorted(item.name for item in path.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(item.name for item in path.iterdir()) == [
+        "confidences.npy", "config.json", "epochs", "model.safetensors", "training.json",
+    ]  # fmt: skip
 
 
 def test_fingerprint_follows_weights_and_normalisation() -> None:

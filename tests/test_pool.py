@@ -275,11 +275,24 @@ def test_each_class_keeps_its_most_realistic_and_is_forgotten(tmp_path: Path) ->
         assert torch.equal(found.index, best) and torch.equal(found.loss, loss[best])
         assert torch.equal(found.pixels, everything[best]) and torch.equal(found.all_loss, loss)
         assert torch.equal(found.all_predicted, (label + everything[:, 0, 0, 0].long() % 2) % 3)
+        assert torch.equal(found.rejected, everything[loss.argsort()[3:13]])
+        assert torch.equal(found.rejected_loss, loss.sort().values[3:13])
         assert torch.equal(found.logits, score(everything[best], torch.full((3,), label)).logits)
         assert len({int(i) for image in found.random for i in (everything == image).flatten(1).all(1).nonzero()}) == 3
     assert sorted(source.all_asked) == [(c, i) for c in range(3) for i in range(15)]
     assert not list((tmp_path / "pool").iterdir())
     assert held == []
+
+
+def test_the_best_rejected_are_the_most_realistic_that_the_rule_did_not_keep(tmp_path: Path) -> None:
+    source = Source()
+    source.blank = {(0, 0)}
+    found = select(tmp_path, source, ipc=2, candidates_per_image=3, selection="middle")[0]
+    everything = torch.stack([candidate(0, i) for i in range(1, 6)])
+    order = everything.float().mean((1, 2, 3)).argsort()
+    assert torch.equal(found.pixels[0], everything[order[2]]) and len(found.rejected) == 3
+    rest = [int(i) for i in order if int(i) + 1 not in found.index.tolist()]
+    assert torch.equal(found.rejected, everything[rest])
 
 
 def test_finished_classes_leave_the_disk_while_others_are_made(tmp_path: Path) -> None:
@@ -337,20 +350,23 @@ def test_confusions_name_the_worst_classes_first() -> None:
     def seen(*predicted: int) -> SelectedClass:
         empty = torch.zeros(0)
         report = ClassReport(0, empty, {}, {})
-        return SelectedClass(*[empty] * 6, torch.zeros(len(predicted)), torch.tensor(predicted), report)
+        return SelectedClass(*[empty] * 8, torch.zeros(len(predicted)), torch.tensor(predicted), report)
 
     classes = [seen(0, 1, 1, 1), seen(1, 1, 2, 0), seen(2, 1, -1, 1), seen(3, 3, 3, 3), seen(0, 0, 0, 0)]
     assert confusions(classes) == [(4, 0, 1.0), (0, 1, 0.75), (2, 1, 0.5)]
 
 
 def test_no_more_than_one_class_and_the_batches_under_way_are_in_memory(tmp_path: Path) -> None:
-    most = 0
+    def images() -> dict[int, int]:
+        return {t.untyped_storage().data_ptr(): len(t) for t in gc.get_objects()
+                if type(t) is torch.Tensor and t.dtype == torch.uint8 and t.ndim == 4}  # fmt: skip
+
+    gc.collect()
+    of_other_tests, most = images(), 0
 
     def look(*_: object) -> None:
         nonlocal most
-        images = {t.untyped_storage().data_ptr(): len(t) for t in gc.get_objects()
-                  if type(t) is torch.Tensor and t.dtype == torch.uint8 and t.ndim == 4}  # fmt: skip
-        most = max(most, sum(images.values()))
+        most = max(most, sum(count for place, count in images().items() if place not in of_other_tests))
 
     names = tuple(f"class {i:02d}" for i in range(8))
     source = Source(names)

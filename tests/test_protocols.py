@@ -219,7 +219,7 @@ def test_keys_with_defaults_may_be_left_out(tmp_path: Path) -> None:
     [
         ({"temprature": 4.0}, "unknown key temprature; did you mean temperature?"),
         ({"specials": [{"datset": "cifar10"}]}, "specials: unknown key datset; did you mean dataset?"),
-        ({"labels": "softly"}, "labels softly: choose among soft, stored, hard"),
+        ({"labels": "softly"}, "labels softly: choose among soft, stored, views, hard"),
         ({"learning_rate": "fast"}, "learning_rate fast: expected a number"),
         ({"flip": 1}, "flip 1: expected true or false"),
         ({"betas": [0.9]}, "betas [0.9]: expected 2 values"),

@@ -15,9 +15,10 @@ from ddgen.config import SampleConfig
 from ddgen.diffusion.foreign import ForeignGenerator
 from ddgen.distill.dataset import DistilledDataset
 from ddgen.distill.pool import CandidateSource
-from ddgen.distill.relabel import soft_labels
+from ddgen.distill.relabel import describe_teachers, relabel, soft_labels
 from ddgen.distill.selection_report import SelectionReport
 from ddgen.distill.streaming import SelectedClass, rejections
+from ddgen.observer.inference import batch_size_of
 from ddgen.observer.observer import Observer
 from ddgen.timing import Clock
 
@@ -26,10 +27,13 @@ def build_dataset(
     config: SampleConfig,
     source: CandidateSource,
     classes: Sequence[SelectedClass],
+    soft: Tensor,
     *,
     run_dir: Path,
     observer: Observer,
+    teachers: Sequence[Observer],
     precision: str,
+    seconds: Mapping[str, float],
 ) -> DistilledDataset:
     """Puts together what all classes keep.
 
@@ -37,15 +41,18 @@ def build_dataset(
         config: Settings.
         source: What made the candidates.
         classes: In label order.
+        soft: Their soft labels, float16 (n, k).
         run_dir: The training run.
         observer: What ranked them.
+        teachers: What labelled them.
         precision: Resolved.
+        seconds: Stage -> how long it took this process.
     """
     labels = torch.cat([torch.full((len(found.loss),), label) for label, found in enumerate(classes)])
     return DistilledDataset(
         pixels=torch.cat([found.pixels for found in classes]),
         labels=labels,
-        soft_labels=soft_labels(torch.cat([found.logits for found in classes]), config.soft_label_temperature),
+        soft_labels=soft,
         realism=torch.cat([found.loss for found in classes]),
         seeds=torch.full((len(labels),), config.seed),
         indices=torch.cat([found.index[: len(found.loss)] for found in classes]),
@@ -57,16 +64,41 @@ def build_dataset(
             "candidates": source.settings(),
             "foreign_generator": source.credit() if isinstance(source, ForeignGenerator) else None,
             "observer_fingerprint": observer.fingerprint,
+            "teacher_fingerprints": [teacher.fingerprint for teacher in teachers],
             "factor": config.factor,
             "selection": selection_report(config, source, classes).to_dict() | selection_facts(config, classes),
-            "recipe": _recipe(config, source, classes, run_dir, observer, precision),
+            "seconds": dict(seconds),
+            "recipe": _recipe(config, source, classes, run_dir, observer, teachers, precision),
         },
     )
+
+
+def label_kept(
+    config: SampleConfig,
+    classes: Sequence[SelectedClass],
+    observer: Observer,
+    teachers: Sequence[Observer],
+    device: torch.device,
+    precision: str,
+) -> Tensor:
+    """Returns the soft labels that the teachers give to what all classes keep, float16 (n, k)."""
+    temperature = config.soft_label_temperature
+    if [teacher.fingerprint for teacher in teachers] == [observer.fingerprint]:  # it has said already what it sees
+        return soft_labels(torch.cat([found.logits for found in classes]), temperature)
+    pixels, batch_size = torch.cat([found.pixels for found in classes]), batch_size_of(device)
+    return relabel(teachers, pixels, temperature=temperature, batch_size=batch_size, device=device, precision=precision)
 
 
 def random_generated(classes: Sequence[SelectedClass], labels: Tensor) -> dict[str, Tensor]:
     """Returns as many candidates as are kept, drawn at random: pixels uint8 (n, 3, h, w) and labels int64 (n,)."""
     return {"pixels": torch.cat([found.random for found in classes]), "labels": labels.contiguous()}
+
+
+def best_rejected(classes: Sequence[SelectedClass]) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the best candidates that were not kept: pixels uint8 (n, 3, h, w), labels int64 (n,), losses (n,)."""
+    labels = torch.cat([torch.full((len(found.rejected),), label) for label, found in enumerate(classes)])
+    pixels = torch.cat([found.rejected for found in classes])
+    return pixels, labels, torch.cat([found.rejected_loss for found in classes])
 
 
 def selection_report(
@@ -130,6 +162,7 @@ def _recipe(
     classes: Sequence[SelectedClass],
     run_dir: Path,
     observer: Observer,
+    teachers: Sequence[Observer],
     precision: str,
 ) -> dict[str, Any]:
     counts = sorted(len(found.all_loss) for found in classes)
@@ -149,6 +182,7 @@ def _recipe(
         **source.describe(),
         **(own if config.generator is None else {}),
         "observer": f"{observer.network}, {observer.accuracy:.1%} on held-out real images",
+        "soft labels": describe_teachers(teachers),
         "soft label temperature": config.soft_label_temperature,
         "precision": precision,
         "seed": config.seed,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ddgen.checkpoint import write_json
 from ddgen.commands.runs import (
+    command_line,
     data_of_run,
     find_run,
     load_on_all,
@@ -15,11 +19,18 @@ from ddgen.commands.runs import (
     random_generated_path,
     start_accelerator,
 )
+from ddgen.commands.teachers import load_teachers
 from ddgen.config import EvaluateConfig
-from ddgen.distill.dataset import DistilledDataset, update_results
+from ddgen.data import ImageDataset
+from ddgen.distill.dataset import DistilledDataset, read_manifest, update_results, versions
+from ddgen.distill.foreign_dataset import ForeignDataset, check_source, read_dataset
+from ddgen.distill.views import StoredViews
 from ddgen.errors import UserError
 from ddgen.evaluation.evaluate import Request
 from ddgen.evaluation.evaluate import evaluate as evaluate_students
+from ddgen.evaluation.page import write_page_of
+from ddgen.evaluation.page_neighbours import NEIGHBOURS_NAME, save_neighbours
+from ddgen.evaluation.page_run import PROVENANCE_NAME
 from ddgen.evaluation.protocol_files import get_protocol
 from ddgen.evaluation.report import format_table
 from ddgen.memory import keep_freed_memory
@@ -27,33 +38,40 @@ from ddgen.observer.observer import Observer
 
 
 def evaluate(config: EvaluateConfig) -> int:
-    """Trains students on the distilled images and on the baselines; writes results.json, a table and a figure."""
-    run_dir, distilled_dir = _what_to_evaluate(config)
+    """Trains students on the distilled images and on the baselines; writes results.json, a table, a figure, a page."""
+    run_dir, distilled_dir = which_dataset(config.run_dir, config.ipc, config.distilled_dir)
+    source = config.distilled_dir or str(distilled_dir)
+    check_source(source) if config.distilled_dir is not None else read_manifest(distilled_dir)
     output_dir = _evaluation_dir(config, run_dir, distilled_dir)
     accelerator, precision = start_accelerator(config.mixed_precision)
     if accelerator.num_processes > 1:
         raise UserError(f"evaluate.py runs in one process, not {accelerator.num_processes}: start it with python")
     if accelerator.device.type == "cpu":
         keep_freed_memory()
-    distilled = DistilledDataset.load(distilled_dir)
     data = data_of_run(config.data, run_dir)
     train_images, test_images = (load_on_all(accelerator, data, split) for split in ("train", "test"))
+    rounds = [read_dataset(source, train_images), *(_read_round(path, train_images) for path in config.rounds)]
+    recipes = [get_protocol(name) for name in config.protocols]
     own = () if run_dir is None else (observer_dir(run_dir),)
-    observers = [Observer.load(source, distilled.class_names) for source in config.observer or own]
-    default_student = _default_student(observers)
-    for name in config.protocols:
-        get_protocol(name)
+    observers = load_teachers(
+        config.observer or own, train_images.class_names, None if config.dry_run else config.teacher_epoch,
+        ipc=rounds[0].ipc, data=data, accelerator=accelerator, precision=precision,
+    )  # fmt: skip
     if config.dry_run:
-        students = ", ".join(config.students or (default_student,))
-        print(f"dry run: {students} x {', '.join(config.protocols)} x {config.repeats} on {distilled_dir}")
+        students = ", ".join(config.students or (default_student(observers),))
+        print(f"dry run: {students} x {', '.join(config.protocols)} x {config.repeats} on {source}")
         return 0
-    print(f"evaluating {distilled_dir} on the {len(test_images):,} test images of {test_images.name}")
+    for remark in _remarks(rounds):
+        print(f"{source}: {remark}")
+    print(f"evaluating {source} on the {len(test_images):,} test images of {test_images.name}")
+    ours = isinstance(rounds[0], DistilledDataset)
     generated = None
     if "random-generated" in config.baselines:
-        generated = _load_random_generated(run_dir, distilled_dir)
+        generated = _load_random_generated(run_dir if ours else None, distilled_dir)
+    with_views = any(recipe.labels == "views" for recipe in recipes)
     results = evaluate_students(
         Request(
-            rounds=[distilled, *(DistilledDataset.load(Path(path)) for path in config.rounds)],
+            rounds=rounds,
             train=train_images,
             test=test_images,
             observers=observers,
@@ -67,18 +85,48 @@ def evaluate(config: EvaluateConfig) -> int:
             precision=precision,
             output_dir=output_dir,
             random_generated=(generated["pixels"], generated["labels"]) if generated else None,
+            views=[StoredViews.load(Path(path)) for path in (source, *config.rounds)] if with_views else (),
             with_full=config.with_full,
-            default_student=default_student,
+            default_student=default_student(observers),
             flip=data.may_flip,
         )
     )
-    update_results(distilled_dir, results.to_dict())
+    write_json(output_dir / PROVENANCE_NAME, _provenance(source, rounds))
+    if ours:
+        update_results(distilled_dir, results.to_dict())
+        if observers:
+            neighbours = output_dir / NEIGHBOURS_NAME
+            save_neighbours(rounds[0], train_images, observers[0], neighbours, device=accelerator.device)
+    page = write_page_of(run_dir, output_dir)
     print(format_table(results))
     print(f"results:           {output_dir / 'results.json'}")
     print(f"figure:            {output_dir / 'accuracy.png'}")
-    print(f"distilled dataset: {distilled_dir}")
-    print(f"preview:           {distilled_dir / 'preview.png'}")
+    print(f"report:            {page}")
+    print(f"distilled dataset: {source}")
     return 0
+
+
+def _read_round(path: str, train_images: ImageDataset) -> DistilledDataset | ForeignDataset:
+    try:
+        return read_dataset(path, train_images)
+    except UserError as error:  # that reader was asked for --distilled_dir
+        raise UserError(str(error).replace("--distilled_dir", "--rounds", 1)) from None
+
+
+def _remarks(rounds: Sequence[DistilledDataset | ForeignDataset]) -> list[str]:
+    found = [remark for dataset in rounds if isinstance(dataset, ForeignDataset) for remark in dataset.remarks]
+    return list(dict.fromkeys(found))
+
+
+def _provenance(source: str, rounds: Sequence[DistilledDataset | ForeignDataset]) -> dict[str, object]:
+    """What the page tells of an evaluation beside its results."""
+    return {
+        "distilled_dir": source,
+        "remarks": _remarks(rounds),
+        "command": command_line(),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+    }
 
 
 def _load_random_generated(run_dir: Path | None, distilled_dir: Path) -> dict[str, Tensor] | None:
@@ -89,17 +137,22 @@ def _load_random_generated(run_dir: Path | None, distilled_dir: Path) -> dict[st
     return load_file(path)
 
 
-def _what_to_evaluate(config: EvaluateConfig) -> tuple[Path | None, Path]:
-    if config.distilled_dir is not None:
-        path = Path(config.distilled_dir)
-        run_dir = Path(config.run_dir) if config.run_dir else None
+def which_dataset(given_run: str | None, ipc: int | None, given_dataset: str | None) -> tuple[Path | None, Path]:
+    """Returns the run, if there is one, and the distilled dataset that settings of these names mean.
+
+    Raises:
+        UserError: There is none.
+    """
+    if given_dataset is not None:
+        path = Path(given_dataset)
+        run_dir = Path(given_run) if given_run else None
         if run_dir is None and path.parent.name == "distilled" and (path.parent.parent / "config.yaml").is_file():
             run_dir = path.parent.parent
         return run_dir, path
-    run_dir, chosen = find_run(config.run_dir, with_generator=False)
+    run_dir, chosen = find_run(given_run, with_generator=False)
     print(f"run: {run_dir} ({chosen})")
-    if config.ipc is not None:
-        return run_dir, run_dir / "distilled" / f"ipc{config.ipc}"
+    if ipc is not None:
+        return run_dir, run_dir / "distilled" / f"ipc{ipc}"
     found = sorted((run_dir / "distilled").glob("*/class_names.json"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise UserError(f"--run_dir {run_dir}: no distilled dataset in it yet; make one with python sample.py --ipc 10")
@@ -109,13 +162,21 @@ def _what_to_evaluate(config: EvaluateConfig) -> tuple[Path | None, Path]:
 def _evaluation_dir(config: EvaluateConfig, run_dir: Path | None, distilled_dir: Path) -> Path:
     if config.output_dir is None and run_dir is None:
         raise UserError("--output_dir: not set; say where the results of a dataset outside any run go")
-    output_dir = Path(config.output_dir or (run_dir or Path()) / "evaluation" / distilled_dir.name)
+    output_dir = Path(config.output_dir or (run_dir or Path()) / "evaluation" / _evaluation_name(config, distilled_dir))
     if (output_dir / "results.json").exists() and not config.overwrite:
         raise UserError(f"--output_dir {output_dir}: has results already; give another, or --overwrite to replace them")
     return output_dir
 
 
-def _default_student(observers: list[Observer]) -> str:
+def _evaluation_name(config: EvaluateConfig, distilled_dir: Path) -> str:
+    """Names the folder of results; a hub id's owner belongs to its name."""
+    if config.distilled_dir is not None and not distilled_dir.exists():
+        return config.distilled_dir.replace("/", "--")
+    return distilled_dir.resolve().stem if distilled_dir.is_file() else distilled_dir.resolve().name
+
+
+def default_student(observers: Sequence[Observer]) -> str:
+    """Returns the first observer's own network, where ddgen builds such students."""
     if observers and ":" not in observers[0].network:  # one that ddgen builds
         return observers[0].network
     return "convnet3"

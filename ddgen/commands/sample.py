@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from safetensors.torch import save
 from ddgen.checkpoint import write_bytes
 from ddgen.commands.candidates import PREVIEW_NAME, Candidates, cuda_wait
 from ddgen.commands.distilled import (
+    best_rejected,
     build_dataset,
     kept_line,
+    label_kept,
     random_generated,
     rejected_line,
     selection_report,
@@ -29,12 +32,14 @@ from ddgen.commands.runs import (
     read_run_config,
     start_accelerator,
 )
+from ddgen.commands.teachers import check_teachers, load_teachers
 from ddgen.config import SampleConfig
 from ddgen.distill.pool import CandidateSource
 from ddgen.distill.select import selection_needs
 from ddgen.distill.selection_report import compared_classes
 from ddgen.distill.streaming import RealScores, confusions, no_real_images
 from ddgen.errors import Stopped, UserError
+from ddgen.evaluation.page_pictures import rejected_path, save_rejected
 from ddgen.hardware import device_name, number_format
 from ddgen.observer.inference import batch_size_of, for_inference
 from ddgen.observer.observer import Observer
@@ -100,6 +105,12 @@ def _sample(config: SampleConfig, run_dir: Path, output_dir: Path, accelerator: 
     if config.dry_run:
         say("dry run: the settings are fine; nothing was written")
         return
+    with clock("loading"):
+        teachers = load_teachers(
+            config.observer or [observer_dir(run_dir)], source.class_names, config.teacher_epoch,
+            ipc=config.ipc, data=read_run_config(run_dir).data, accelerator=accelerator, precision=precision,
+        )  # fmt: skip
+        check_teachers(teachers, read_run_config(run_dir).data, accelerator, precision)
     work.open()
     say(_already_there(work))
     classes, count = probe_classes(len(source.class_names), config.num_candidates)
@@ -107,14 +118,15 @@ def _sample(config: SampleConfig, run_dir: Path, output_dir: Path, accelerator: 
         classes, count, lambda pixels, labels: check_probe(config, work.score(pixels, labels), labels, observer, say)
     )
     counts = work.run()
-    on_main(accelerator, lambda: _finish(work, counts, observer, output_dir, precision))
+    on_main(accelerator, lambda: _finish(work, counts, observer, teachers, output_dir, precision))
     accelerator.wait_for_everyone()
 
 
 def _observer(
     config: SampleConfig, run_dir: Path, source: CandidateSource, accelerator: Accelerator, precision: str
 ) -> Observer:
-    observer = Observer.load(config.observer or observer_dir(run_dir), source.class_names)
+    path = config.observer[0] if config.observer else observer_dir(run_dir)
+    observer = Observer.load(path, source.class_names)
     if observer.accuracy is None:
         observer.accuracy = held_out_accuracy(observer, read_run_config(run_dir).data, accelerator, precision)
     check_observer(observer, source.class_names)
@@ -179,17 +191,29 @@ def _already_there(work: Candidates) -> str:
     return text + (f", {stored:,} candidates are there already" if stored else "")
 
 
-def _finish(work: Candidates, counts: list[int], observer: Observer, output_dir: Path, precision: str) -> None:
+def _finish(
+    work: Candidates,
+    counts: list[int],
+    observer: Observer,
+    teachers: Sequence[Observer],
+    output_dir: Path,
+    precision: str,
+) -> None:
     """Writes the distilled dataset and says what it is."""
     say, config, names = work.accelerator.print, work.config, work.source.class_names
     classes = work.gather(counts)
-    facts: dict[str, Any] = {"run_dir": work.run_dir, "observer": observer, "precision": precision}
-    dataset = build_dataset(config, work.source, classes, **facts)
+    facts: dict[str, Any] = {
+        "run_dir": work.run_dir, "observer": observer, "teachers": teachers, "precision": precision,
+    }  # fmt: skip
+    with work.clock("relabelling"):
+        soft = label_kept(config, classes, observer, teachers, work.accelerator.device, precision)
+    dataset = build_dataset(config, work.source, classes, soft, seconds=dict(work.clock.seconds), **facts)
     with work.clock("writing"):
         report = selection_report(config, work.source, classes)
         dataset.save(output_dir, overwrite=config.overwrite, selection_png=report.draw(), progress=True)
         baseline = random_generated(classes, dataset.labels)
         write_bytes(random_generated_path(work.run_dir, output_dir), save(baseline))
+        save_rejected(rejected_path(work.run_dir, output_dir), *best_rejected(classes))
     left = work.finish(counts)
     if min(counts) < config.ipc:
         say(f"{min(counts):,} candidates of a class are fewer than --ipc {config.ipc}: all are kept")
@@ -198,7 +222,8 @@ def _finish(work: Candidates, counts: list[int], observer: Observer, output_dir:
     say(rejected_line(config, classes))
     for label, other, part in confusions(classes):
         say(f"{part:.0%} of the candidates of {names[label]!r} are {names[other]!r} to the observer: check the classes")
-    made = {"sampling": work.num_made, "decoding": work.num_made, "ranking": work.num_ranked, "writing": len(dataset)}
+    made = {"sampling": work.num_made, "decoding": work.num_made, "ranking": work.num_ranked}
+    made |= dict.fromkeys(("relabelling", "writing"), len(dataset))
     say(time_line(work.clock, made, work.accelerator.num_processes))
     if left:
         say(f"candidates:        {left}")

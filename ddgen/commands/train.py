@@ -53,6 +53,7 @@ from ddgen.evaluation.curve import best_point
 from ddgen.evaluation.extractors import Extractor, choose_extractor, observer_extractor
 from ddgen.evaluation.reconstruction import report_reconstruction
 from ddgen.hardware import peak_memory
+from ddgen.observer.epochs import TRAINING_NAME
 from ddgen.observer.observer import Observer
 from ddgen.observer.perceptual import PerceptualLoss
 from ddgen.observer.realism import check_observer
@@ -206,8 +207,9 @@ def observer_of_run(
         if observer.accuracy is None:
             observer.accuracy = held_out_accuracy(observer, config.data, accelerator, precision)
         check_observer(observer, dataset.class_names)
+        source = Path(str(config.observer.observer))
         if accelerator.is_main_process:
-            observer.save(path)
+            observer.save(path, beside=source if (source / TRAINING_NAME).is_file() else None)
         accelerator.wait_for_everyone()
     else:
         observer = _train_observer(config.observer, config.data, dataset, path, accelerator, precision, config.run.seed)

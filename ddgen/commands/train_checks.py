@@ -118,7 +118,7 @@ def _changed_settings(config: TrainConfig, path: Path) -> dict[str, tuple[Any, A
 def _check_may_change(config: TrainConfig, path: Path, changed: dict[str, tuple[Any, Any]]) -> None:
     """Refuses to go on with other settings than the run was started with, or without being asked to."""
     # Without anything of an observer in the run yet, one that was too weak may be trained otherwise.
-    begun = (path / "observer").is_dir() or (path / "observer_checkpoints").is_dir()
+    begun = (path / "observer").is_dir() or latest_checkpoint(path / "observer_checkpoints") is not None
     free = _MAY_CHANGE | (set() if begun else _OF_OBSERVER)
     for name, (before, now) in changed.items():
         if name not in free:

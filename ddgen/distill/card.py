@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 RESULTS_BEGIN, RESULTS_END = "<!-- results: written by evaluate.py -->", "<!-- end of results -->"
+VIEWS_BEGIN, VIEWS_END = "<!-- stored views: written by ddgen label -->", "<!-- end of stored views -->"
 HUB_LICENCES = ("mit", "apache-2.0", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "openrail")
 NOT_EVALUATED = (
     "Not evaluated yet; `python evaluate.py --distilled_dir <this folder>` trains students and fills this in."
@@ -74,6 +75,32 @@ def with_results(card: str, results: Mapping[str, Any]) -> str:
     if begin and end:
         return before + block + after
     return card.rstrip() + "\n\n## Results\n\n" + block + "\n"
+
+
+def with_views(card: str, name: str, facts: Mapping[str, Any] | None) -> str:
+    """Puts what is known of stored views into a card, in the place of what was known of earlier ones.
+
+    Args:
+        card: A card as `render_card` wrote it, edited by hand or not.
+        name: Name of their file.
+        facts: Fact -> value, JSON; None takes the section out.
+    """
+    before, begin, rest = card.partition(VIEWS_BEGIN)
+    _, end, after = rest.partition(VIEWS_END)
+    if not (begin and end):
+        before, heading, after = card.partition("## Classes")
+        after = heading + after
+    before, after = before.rstrip(), after.lstrip()
+    if facts is None:
+        return f"{before}\n\n{after}"
+    rows = [f"| {_cell(key)} | {_cell(_fact(key, value))} |" for key, value in facts.items()]
+    table = "\n".join(["| stored views | |", "|---|---|", *rows])
+    text = (
+        f"## Stored labels of augmented views\n\n`{name}` holds the observer's logits of augmented and mixed views of"
+        " the images, and the seeds that make these views again: a student sees exactly what the observer labelled, and"
+        f" needs no observer (`python evaluate.py --distilled_dir <this folder> --protocols stored`).\n\n{table}"
+    )
+    return f"{before}\n\n{VIEWS_BEGIN}\n\n{text}\n\n{VIEWS_END}\n\n{after}"
 
 
 def human_bytes(count: int) -> str:
@@ -316,6 +343,16 @@ def _source(facts: CardFacts) -> str:
 def _per_class(facts: CardFacts) -> str:
     low, high = facts.images_per_class
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _fact(key: str, value: Any) -> str:
+    if key.startswith("bytes"):
+        return f"{human_bytes(value)} ({value:,} bytes)"
+    if key == "observers":
+        value = [f"{each['network']} ({each['fingerprint'][:12]})" for each in value]
+    if isinstance(value, Mapping):
+        value = [f"{name} {_value(inner)}" for name, inner in value.items()]
+    return _value(value)
 
 
 def _value(value: Any) -> str:

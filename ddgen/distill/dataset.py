@@ -8,7 +8,7 @@ import io
 import json
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from ddgen import __version__
 from ddgen.checkpoint import atomic_dir, read_json, write_bytes, write_json
-from ddgen.distill.card import CardFacts, render_card, with_results
+from ddgen.distill.card import CardFacts, render_card, with_results, with_views
 from ddgen.distill.preview import draw_preview
 from ddgen.errors import UserError
 from ddgen.grids import to_pil
@@ -257,9 +257,32 @@ def update_results(path: Path, results: Mapping[str, Any]) -> None:
     Raises:
         UserError: The folder is no distilled dataset.
     """
+    _rewrite_card(path, read_manifest(path), lambda card: with_results(card, results))
+
+
+def update_views(path: Path, name: str, facts: Mapping[str, Any] | None) -> None:
+    """Takes a file of stored views into the manifest and the card of a distilled dataset, or out of both.
+
+    Args:
+        path: The distilled dataset's folder.
+        name: The file, relative to it.
+        facts: What is said of the views, as JSON; None takes them out, whether the file is there or not.
+
+    Raises:
+        UserError: The folder is no distilled dataset.
+    """
     manifest = read_manifest(path)
+    manifest["files"].pop(name, None)
+    manifest.pop("stored_views", None)
+    if facts is not None:
+        manifest["files"][name] = _describe((path / name).read_bytes())
+        manifest["stored_views"] = dict(facts)
+    _rewrite_card(path, manifest, lambda card: with_views(card, name, facts))
+
+
+def _rewrite_card(path: Path, manifest: dict[str, Any], change: Callable[[str], str]) -> None:
     card = path / "README.md"
-    text = with_results(card.read_text(encoding="utf-8") if card.is_file() else "", results)
+    text = change(card.read_text(encoding="utf-8") if card.is_file() else "")
     write_bytes(card, text.encode())
     manifest["files"]["README.md"] = _describe(text.encode())
     write_json(path / "manifest.json", manifest)

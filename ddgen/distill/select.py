@@ -188,40 +188,64 @@ def _difficulty_match(candidates: Candidates, ipc: int) -> Tensor:
 
 
 def _herding(candidates: Candidates, ipc: int) -> Tensor:
-    """Those whose mean feature follows the real class's.
+    """Those whose mean feature follows the real class's: see `herding`."""
+    return herding(_features(candidates.scores, "herding"), _features(_real(candidates, "herding"), "herding"), ipc)
+
+
+def herding(features: Tensor, target: Tensor, count: int) -> Tensor:
+    """Takes, one after another, those whose mean feature follows another set's.
 
     Welling, "Herding dynamical weights to learn", ICML 2009: keep the x with the largest
     <w, f(x)>, then w <- w + mean - f(x), from w = mean; here no x twice. Features have length one, so that
     a large one has no advantage.
+
+    Args:
+        features: Of those to choose from, (n, d).
+        target: Whose mean is followed, (r, d).
+        count: How many to take, at most n.
+
+    Returns:
+        Positions, int64 (count,), in the order in which they are taken.
     """
-    features = _directions(_features(candidates.scores, "herding"))
-    mean = _directions(_features(_real(candidates, "herding"), "herding")).mean(axis=0)
-    weight, free = mean.copy(), np.zeros(len(features))
+    directions, mean = _directions(features), _directions(target).mean(axis=0)
+    weight, free = mean.copy(), np.zeros(len(directions))
     chosen: list[int] = []
-    for _ in range(ipc):
-        best = int(np.argmax(features @ weight + free))  # the first of equals
+    for _ in range(count):
+        best = int(np.argmax(directions @ weight + free))  # the first of equals
         chosen.append(best)
         free[best] = -np.inf
-        weight += mean - features[best]
-    return torch.tensor(chosen)
+        weight += mean - directions[best]
+    return torch.tensor(chosen, dtype=torch.int64)
 
 
 def _k_center(candidates: Candidates, ipc: int) -> Tensor:
-    """Those from which no candidate is far: each next one is the farthest from those before.
+    """Those from which no candidate is far: see `k_center`."""
+    return k_center(_features(candidates.scores, "k-center"), ipc)
+
+
+def k_center(features: Tensor, count: int) -> Tensor:
+    """Takes, one after another, the farthest from those before, beginning with the one nearest to the mean.
 
     Sener and Savarese, "Active learning for convolutional neural networks: a core-set approach", ICLR 2018,
-    algorithm 1, on observer features, from the candidate nearest to the candidates' mean.
+    algorithm 1: greedily, at most twice the smallest possible radius around `count` of them that holds all.
+
+    Args:
+        features: (n, d).
+        count: How many to take, at most n.
+
+    Returns:
+        Positions, int64 (count,), in the order in which they are taken.
     """
-    features = _features(candidates.scores, "k-center").double().numpy()
-    first = int(np.argmin(((features - features.mean(axis=0)) ** 2).sum(axis=1)))
+    points = features.double().numpy()
+    first = int(np.argmin(((points - points.mean(axis=0)) ** 2).sum(axis=1)))
     chosen: list[int] = []
-    distance = np.full(len(features), np.inf)
-    for _ in range(ipc):
+    distance = np.full(len(points), np.inf)
+    for _ in range(count):
         best = int(np.argmax(distance)) if chosen else first
         chosen.append(best)
-        distance = np.minimum(distance, ((features - features[best]) ** 2).sum(axis=1))
+        distance = np.minimum(distance, ((points - points[best]) ** 2).sum(axis=1))
         distance[chosen] = -1.0  # equal images have distance 0, and none is kept twice
-    return torch.tensor(chosen)
+    return torch.tensor(chosen, dtype=torch.int64)
 
 
 def _diverse_realism(candidates: Candidates, ipc: int) -> Tensor:

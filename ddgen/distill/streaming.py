@@ -18,7 +18,7 @@ from ddgen.checkpoint import remove_dir, write_bytes, write_json
 from ddgen.config import Selection
 from ddgen.distill.compose import compose
 from ddgen.distill.pool import CandidatePool, short_hash
-from ddgen.distill.select import Candidates, select, select_random
+from ddgen.distill.select import Candidates, select, select_most_realistic, select_random
 from ddgen.distill.selection_report import ClassReport, report_class
 from ddgen.errors import UserError
 from ddgen.observer.realism import RealismScores
@@ -28,6 +28,9 @@ CHUNK = 256
 
 REPORT = "report."
 """Begins the names of a report's tensors in a class's file."""
+
+MOST_REJECTED = 10
+"""Rejected candidates of a class that are remembered, for the report."""
 
 Score = Callable[[Tensor, Tensor], RealismScores]
 """Pixels uint8 (m, 3, h, w) and labels int64 (m,) in, what the observer says of them out, with features."""
@@ -51,6 +54,8 @@ class SelectedClass:
         predicted: The class the observer names for each, int64 (n,).
         logits: Its logits, float32 (n, k).
         random: As many candidates drawn at random, uint8 (n, 3, h, w).
+        rejected: The most realistic candidates not kept, the best first, uint8 (r, 3, h, w).
+        rejected_loss: Their realism losses, float32 (r,).
         all_loss: Losses of all m candidates, float32 (m,); nan for one that shows nothing.
         all_predicted: Classes that the observer names, int64 (m,); -1 for one that shows nothing.
         report: What the rule did.
@@ -62,6 +67,8 @@ class SelectedClass:
     predicted: Tensor
     logits: Tensor
     random: Tensor
+    rejected: Tensor
+    rejected_loss: Tensor
     all_loss: Tensor
     all_predicted: Tensor
     report: ClassReport
@@ -128,7 +135,8 @@ class StreamingSelection:
         num_kept = self._num_kept(label, count, len(valid))
         candidates = Candidates(scores, valid, label, self.pool.seed, self.real(label))
         positions = select(self.rule, candidates, num_kept * self.factor**2)
-        kept = valid[positions]
+        kept, passed_over = valid[positions], _most_realistic_rejected(scores.loss, positions)
+        rejected = valid[passed_over]
         pixels = compose(self.pool.read(label, kept), self.factor, self.pool.image_size)
         # a grid is another image than its cells
         own = scores.rows(positions) if self.factor == 1 else self.score(pixels, torch.full((num_kept,), label))
@@ -142,6 +150,8 @@ class StreamingSelection:
             predicted=own.predicted,
             logits=own.logits,
             random=self.pool.read(label, drawn),
+            rejected=self.pool.read(label, rejected),
+            rejected_loss=scores.loss[passed_over],
             all_loss=loss,
             all_predicted=predicted,
             report=report_class(candidates, positions),
@@ -227,6 +237,12 @@ class StreamingSelection:
         facts = self._facts(label, len(selected.all_loss)) | {"checksum": _checksum(tensors)}
         # one entry, since the order of several would not be fixed
         write_bytes(self._path(label), save(tensors, {"facts": json.dumps(facts)}))
+
+
+def _most_realistic_rejected(losses: Tensor, kept: Tensor) -> Tensor:
+    """Returns positions of the most realistic that are not among those kept, the best first, int64 (r,)."""
+    ranked = select_most_realistic(losses, len(losses))
+    return ranked[~torch.isin(ranked, kept)][:MOST_REJECTED]
 
 
 def is_blank(pixels: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ddgen.data import ImageDataset
+from ddgen.distill.select import herding, k_center
 from ddgen.errors import UserError
 from ddgen.observer.observer import Observer, predict_pixels
 from ddgen.seeds import numpy_generator
@@ -74,55 +75,11 @@ def by_features(
     return np.concatenate(chosen)
 
 
-def herding(features: Tensor, count: int) -> Tensor:
-    """Takes, one after another, the image that brings the mean of those taken closest to the mean of all.
-
-    Welling, "Herding Dynamical Weights to Learn", ICML 2009, as Rebuffi et al. (iCaRL, CVPR 2017) choose exemplars.
-
-    Args:
-        features: (n, d).
-        count: How many to take, at most n.
-
-    Returns:
-        int64 (count,), in the order in which they are taken.
-    """
-    features = features.double()
-    mean, taken = features.mean(0), torch.zeros_like(features[0])
-    free = torch.ones(len(features), dtype=torch.bool)
-    order = []
-    for number in range(1, count + 1):
-        distances = ((taken + features) / number - mean).square().sum(1)
-        best = int(distances.masked_fill(~free, torch.inf).argmin())
-        order.append(best)
-        free[best] = False
-        taken = taken + features[best]
-    return torch.tensor(order, dtype=torch.int64)
-
-
-def k_center(features: Tensor, count: int) -> Tensor:
-    """Takes, one after another, the image farthest from those taken, beginning with the one nearest to the mean.
-
-    Sener and Savarese, "Active Learning for Convolutional Neural Networks: A Core-Set Approach", ICLR 2018: greedily,
-    at most twice the smallest possible radius around `count` images that holds them all.
-
-    Args:
-        features: (n, d).
-        count: How many to take, at most n.
-
-    Returns:
-        int64 (count,), in the order in which they are taken.
-    """
-    features = features.double()
-    order = [int((features - features.mean(0)).square().sum(1).argmin())]
-    nearest = torch.full((len(features),), torch.inf, dtype=torch.float64)
-    while len(order) < count:
-        nearest = torch.minimum(nearest, (features - features[order[-1]]).square().sum(1))
-        nearest[order[-1]] = -1.0  # two images of the same features are still two
-        order.append(int(nearest.argmax()))
-    return torch.tensor(order[:count], dtype=torch.int64)
-
-
-BY_FEATURES: dict[str, Callable[[Tensor, int], Tensor]] = {"herding": herding, "k-center": k_center}
+BY_FEATURES: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "herding": lambda features, count: herding(features, features, count),
+    "k-center": k_center,
+}
+"""Name -> features (n, d) of a class and how many to choose in, positions out: the rules that choose candidates."""
 
 
 def _counts(dataset: ImageDataset, ipc: int | Sequence[int], name: str) -> list[int]:

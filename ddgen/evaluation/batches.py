@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ddgen.distill.views import StoredViews
 from ddgen.evaluation.augment import (
     color_jitter,
     cutmix,
@@ -38,12 +39,14 @@ class TrainingImages:
         labels: int64 (n,).
         soft_labels: Probabilities (n, k) that belong to the images, for recipes with stored labels.
         factor: Images are grids of factor x factor patches.
+        views: Labelled views of the images, for recipes with those.
     """
 
     pixels: Tensor
     labels: Tensor
     soft_labels: Tensor | None = None
     factor: int = 1
+    views: StoredViews | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -51,7 +54,7 @@ class TrainingImages:
     def to(self, device: torch.device) -> TrainingImages:
         """Returns the same on a device."""
         soft = None if self.soft_labels is None else self.soft_labels.to(device)
-        return TrainingImages(self.pixels.to(device), self.labels.to(device), soft, self.factor)
+        return replace(self, pixels=self.pixels.to(device), labels=self.labels.to(device), soft_labels=soft)
 
 
 @dataclass(frozen=True)
@@ -102,19 +105,41 @@ def stream(
         order = torch.from_numpy(rng.permutation(len(images))).to(images.pixels.device)
         for indices in order.split(batch_size):
             batch = to_images01(images.pixels[indices], images.pixels.device)
-            yield _mix(augment(batch, protocol, look, images.factor, rng), images, indices, protocol, rng)
+            mixed, paste, own = _augment_and_mix(batch, protocol, look, images.factor, rng)
+            labels, soft = images.labels[indices], None
+            if images.soft_labels is not None:
+                whole = images.soft_labels[indices].float()
+                soft = own * whole + (1.0 - own) * whole[paste]
+            yield Batch(mixed, labels, labels[paste], own, soft)
 
 
-def _mix(batch: Tensor, images: TrainingImages, indices: Tensor, protocol: Protocol, rng: np.random.Generator) -> Batch:
-    labels = images.labels[indices]
-    soft = None if images.soft_labels is None else images.soft_labels[indices].float()
+def stored_views(
+    images: TrainingImages, protocol: Protocol, epochs: int, batch_size: int, seed: int, look: Look
+) -> Iterator[Batch]:
+    """Yields the batches of all epochs of the images' stored views; class indices are the labels' most probable."""
+    assert images.views is not None
+    augmenter = view_augmenter(protocol, look, images.factor)
+    found = images.views.stream(images.pixels, augmenter, epochs=epochs, batch_size=batch_size, seed=seed)
+    for views, logits in found:
+        named = logits.argmax(1)
+        yield Batch(views, named, named, 1.0, teacher_logits=logits)
+
+
+def view_augmenter(protocol: Protocol, look: Look, factor: int) -> Callable[[Tensor, np.random.Generator], Tensor]:
+    """Returns what makes a batch (b, 3, s, s) of stored views: the protocol's augmentation and mixing."""
+    return lambda images01, rng: _augment_and_mix(images01, protocol, look, factor, rng)[0]
+
+
+def _augment_and_mix(
+    images01: Tensor, protocol: Protocol, look: Look, factor: int, rng: np.random.Generator
+) -> tuple[Tensor, Tensor, float]:
+    """Returns mixed images (b, 3, s, s), whom each was pasted from (b,), and the part that is still its own."""
+    batch = augment(images01, protocol, look, factor, rng)
     if not protocol.cutmix_alpha:
-        return Batch(batch, labels, labels, 1.0, soft)
-    paste = torch.from_numpy(rng.permutation(len(indices))).to(batch.device)
+        return batch, torch.arange(len(batch), device=batch.device), 1.0
+    paste = torch.from_numpy(rng.permutation(len(batch))).to(batch.device)
     mixed, own = cutmix(batch, paste, draw_cutmix(rng, batch.shape[-1], protocol.cutmix_alpha))
-    if soft is not None:
-        soft = own * soft + (1.0 - own) * soft[paste]
-    return Batch(mixed, labels, labels[paste], own, soft)
+    return mixed, paste, own
 
 
 def augment(images: Tensor, protocol: Protocol, look: Look, factor: int, rng: np.random.Generator) -> Tensor:

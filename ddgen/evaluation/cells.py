@@ -137,6 +137,7 @@ def _key(cell: Cell, setting: Setting) -> dict[str, Any]:
         "format": CELL_FORMAT,
         "images": digest(*content, *soft),
         "factor": images.factor,
+        **({} if images.views is None else {"views": images.views.digest}),
         "protocol": repr(cell.protocol),
         "student": cell.student,
         "ipc": cell.ipc,

@@ -14,6 +14,8 @@ from tqdm import tqdm
 from ddgen.data import ImageDataset
 from ddgen.data.classes import check_class_order
 from ddgen.distill.dataset import DistilledDataset
+from ddgen.distill.foreign_dataset import ForeignDataset
+from ddgen.distill.views import StoredViews
 from ddgen.errors import UserError
 from ddgen.evaluation.baselines import BY_FEATURES
 from ddgen.evaluation.batches import Look, TrainingImages
@@ -31,7 +33,7 @@ from ddgen.evaluation.sources import (
     png_bytes,
     with_soft_labels,
 )
-from ddgen.evaluation.students import IMAGENET_LOOK, StudentResult
+from ddgen.evaluation.students import IMAGENET_LOOK, StudentResult, check_views
 from ddgen.observer.networks import build_network
 from ddgen.observer.observer import Observer
 from ddgen.observer.realism import check_observer, measure_accuracy
@@ -64,13 +66,14 @@ class Request:
         precision: "no", "bf16" or "fp16".
         output_dir: Receives results.json, accuracy.png and cells/.
         random_generated: Generated images that nobody selected: pixels uint8 (n, 3, s, s), labels (n,).
+        views: Stored views of each round, for recipes that train on those; they judge the distilled images only.
         with_full: Add students on all real images.
         default_student: Where neither `students` nor the recipe says.
         flip: Mirror training images, as the recipes do; false where a mirror image is another class.
         progress: Show a bar per row.
     """
 
-    rounds: Sequence[DistilledDataset]
+    rounds: Sequence[DistilledDataset | ForeignDataset]
     train: ImageDataset
     test: ImageDataset
     observers: Sequence[Observer]
@@ -84,6 +87,7 @@ class Request:
     precision: str
     output_dir: Path
     random_generated: tuple[Tensor, Tensor] | None = None
+    views: Sequence[StoredViews] = ()
     with_full: bool = False
     default_student: str = "convnet3"
     flip: bool = True
@@ -122,6 +126,7 @@ def evaluate(request: Request) -> Results:
         for student, recipe in pairs
         for online in _online(recipe, teachers)
         for source in sources
+        if recipe.labels != "views" or source.name == "distilled"
     ]
     results = Results(
         rows=tuple(rows),
@@ -160,7 +165,7 @@ def _sources(request: Request) -> list[Source]:
         cache_dir=request.output_dir / "baselines",
     )  # fmt: skip
     full = [full_source(request.train)] if request.with_full else []
-    return [distilled_source(request.rounds), *baselines, *full]
+    return [distilled_source(request.rounds, request.views), *baselines, *full]
 
 
 def _looks(request: Request, recipes: Sequence[Protocol]) -> dict[str, Look]:
@@ -202,6 +207,7 @@ def _check(request: Request, recipes: Sequence[Protocol], pairs: Sequence[tuple[
         build_network(student, len(names), request.test.image_size, norm=recipe.norm, setting="--students")
     for dataset in request.rounds:
         _check_counts(dataset, recipes)
+    _check_stored(request, recipes)
 
 
 def _check_teachers(request: Request, recipes: Sequence[Protocol]) -> None:
@@ -237,7 +243,7 @@ def _check_sizes(request: Request) -> None:
         )
 
 
-def _check_counts(dataset: DistilledDataset, recipes: Sequence[Protocol]) -> None:
+def _check_counts(dataset: DistilledDataset | ForeignDataset, recipes: Sequence[Protocol]) -> None:
     counts = torch.bincount(dataset.labels, minlength=len(dataset.class_names))
     if int(counts.min()) != int(counts.max()) and not all(recipe.any_number for recipe in recipes):
         strict = next(recipe.name for recipe in recipes if not recipe.any_number)
@@ -245,6 +251,17 @@ def _check_counts(dataset: DistilledDataset, recipes: Sequence[Protocol]) -> Non
             f"--protocols {strict}: the distilled dataset has {int(counts.min())} to {int(counts.max())} images per "
             f"class; it asks for equally many, eccv2024-track2 does not"
         )
+
+
+def _check_stored(request: Request, recipes: Sequence[Protocol]) -> None:
+    """Refuses to judge datasets by labels that they have not, instead of making some for them."""
+    for recipe in recipes:
+        for number, dataset in enumerate(request.rounds):
+            if recipe.labels == "stored" and dataset.soft_labels is None:
+                raise UserError(f"--protocols {recipe.name}: the dataset has no soft labels; take rded or hard")
+            if recipe.labels == "views":
+                views = request.views[number] if request.views else None
+                check_views(views, recipe, dataset.factor, request.flip)
 
 
 def _teachers(request: Request) -> list[Teacher]:
@@ -303,9 +320,12 @@ def _labelled(
     images: TrainingImages, recipe: Protocol, teachers: Sequence[Teacher], setting: Setting
 ) -> TrainingImages:
     """Gives images the labels that the recipe stores, and no others."""
-    if recipe.labels != "stored":
-        return replace(images, soft_labels=None)
-    if images.soft_labels is not None:
+    images = replace(
+        images,
+        soft_labels=images.soft_labels if recipe.labels == "stored" else None,
+        views=images.views if recipe.labels == "views" else None,
+    )
+    if recipe.labels != "stored" or images.soft_labels is not None:
         return images
     return with_soft_labels(images, teachers[0].observer, device=setting.device, precision=setting.precision)
 
@@ -340,10 +360,12 @@ def _summary(
 
 
 def _label_bytes(images: TrainingImages, recipe: Protocol, online: Sequence[Teacher]) -> int:
-    """Bytes that the recipe needs beside the images: the teachers' weights, soft labels, or bytes per class number."""
+    """Bytes that the recipe needs beside the images: the teachers' weights, stored labels, or class numbers."""
     if online:
         states = [teacher.observer.state_dict() for teacher in online]
         return sum(value.numel() * value.element_size() for state in states for value in state.values())
+    if images.views is not None:
+        return images.views.num_bytes
     if images.soft_labels is not None:
         return images.soft_labels.numel() * images.soft_labels.element_size()
     num_classes = int(images.labels.max()) + 1

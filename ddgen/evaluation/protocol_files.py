@@ -128,6 +128,8 @@ def _check(protocol: Protocol, where: str) -> None:
         raise UserError(f"{where}: ema_decay and momentum must be below 1")
     if protocol.min_crop is not None and not 0 < protocol.min_crop <= 1:
         raise UserError(f"{where}: min_crop {protocol.min_crop:g}: give a part of the area, above 0 and up to 1")
+    if protocol.labels == "views" and protocol.hard_weight:
+        raise UserError(f"{where}: hard_weight {protocol.hard_weight:g}: stored views are labelled by logits alone; 0")
     for name in ("epochs_by_ipc", "batch_sizes"):
         pairs = getattr(protocol, name)
         if not pairs or list(pairs) != sorted(pairs) or min(number for _, number in pairs) < 1:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 PLAIN = "-plain"
 
@@ -56,7 +56,7 @@ class Protocol:
         title: The recipe in one line, for reports.
         source: Where it comes from.
         labels: "soft": the observer labels every mixed batch; "stored": every image has one soft label, made once;
-            "hard": the class index.
+            "views": what the observer said of the dataset's stored views; "hard": the class index.
         norm: What students normalise with, where they have batch norm otherwise.
         optimizer: "adamw" or "sgd".
         learning_rate: Peak for networks that have none of their own in `learning_rates`.
@@ -93,7 +93,7 @@ class Protocol:
     name: str
     title: str
     source: str
-    labels: Literal["soft", "stored", "hard"]
+    labels: Literal["soft", "stored", "views", "hard"]
     norm: Literal["batch", "instance", "none"]
     optimizer: Literal["adamw", "sgd"]
     learning_rate: float
@@ -168,6 +168,23 @@ class Protocol:
     def crop_scale(self, factor: int) -> tuple[float, float]:
         """Returns the range of areas of the random resized crop for images made of factor x factor patches."""
         return (1.0 / factor if self.min_crop is None else self.min_crop, 1.0)
+
+    def augmentation(self, factor: int, flip: bool) -> dict[str, Any]:
+        """Returns everything that decides how images are augmented and mixed, as JSON.
+
+        Args:
+            factor: Images are grids of factor x factor patches.
+            flip: Whether a mirrored image is still of its class.
+        """
+        return {
+            "factor": factor,
+            "flip": flip and self.flip,
+            "crop_scale": list(self.crop_scale(factor)),
+            "color_jitter": self.color_jitter,
+            "lighting_std": self.lighting_std,
+            "dsa": [operation for operation in self.dsa if flip or operation != "flip"],
+            "cutmix_alpha": self.cutmix_alpha,
+        }
 
     def without_augmentation(self) -> Protocol:
         """Returns the same recipe on the images as they are: what the augmentation-robust score compares with."""
@@ -334,4 +351,13 @@ FIXED_SOFT = Protocol(
     batch_sizes=((1, 256),),
 )
 
-PROTOCOLS = {p.name: p for p in (RDED, HARD, ECCV2024_TRACK1, ECCV2024_TRACK2, STRONG, FIXED_SOFT)}
+# RDED's recipe on views that were labelled beforehand. The temperature is the stored one.
+STORED = replace(
+    RDED,
+    name="stored",
+    title="soft labels of stored views (FKD), no observer, otherwise as rded",
+    source="Shen and Xing, A Fast Knowledge Distillation Framework for Visual Recognition, ECCV 2022",
+    labels="views",
+)
+
+PROTOCOLS = {p.name: p for p in (RDED, HARD, ECCV2024_TRACK1, ECCV2024_TRACK2, STRONG, FIXED_SOFT, STORED)}

@@ -13,6 +13,8 @@ from torch import Tensor
 from ddgen.checkpoint import read_json, write_json
 from ddgen.data import ImageDataset
 from ddgen.distill.dataset import DistilledDataset, encode_png
+from ddgen.distill.foreign_dataset import ForeignDataset
+from ddgen.distill.views import StoredViews
 from ddgen.evaluation.baselines import BY_FEATURES, by_features, random_real
 from ddgen.evaluation.batches import TrainingImages
 from ddgen.evaluation.cells import digest
@@ -21,6 +23,7 @@ from ddgen.observer.observer import Observer, predict_pixels
 from ddgen.seeds import derive
 
 FULL_EPOCHS = 30  # of students on all real images; the protocols' own are made for a few images a class
+CHOICE_FORMAT = 2  # of the baselines that choose: raise it when the same settings would choose others
 _MEASURED_IMAGES = 1000
 
 
@@ -45,20 +48,26 @@ class Source:
     epochs: int | None = None
 
 
-def distilled_source(rounds: Sequence[DistilledDataset]) -> Source:
-    """Returns the images to judge; where a generator ran several rounds, repeat r takes the r-th."""
+def distilled_source(rounds: Sequence[DistilledDataset | ForeignDataset], views: Sequence[StoredViews]) -> Source:
+    """Returns the images to judge; where a generator ran several rounds, repeat r takes the r-th.
+
+    Args:
+        rounds: The datasets.
+        views: The stored views of each, or none.
+    """
 
     def draw(repeat: int) -> TrainingImages:
-        found = rounds[repeat % len(rounds)]
-        factor = int(found.provenance.get("factor", 1))
-        return TrainingImages(found.pixels, found.labels, found.soft_labels, factor)
+        which = repeat % len(rounds)
+        found = rounds[which]
+        own_views = views[which] if views else None
+        return TrainingImages(found.pixels, found.labels, found.soft_labels, found.factor, own_views)
 
     return Source("distilled", draw, rounds[0].ipc)
 
 
 def baseline_sources(
     names: Sequence[str],
-    distilled: DistilledDataset,
+    distilled: DistilledDataset | ForeignDataset,
     random_generated: tuple[Tensor, Tensor] | None,
     train: ImageDataset,
     observer: Observer | None,
@@ -139,7 +148,7 @@ def _chosen(
     precision: str,
     cache_dir: Path,
 ) -> Tensor:
-    key = [name, train.fingerprint, observer.fingerprint, counts, precision, device.type]
+    key = [CHOICE_FORMAT, name, train.fingerprint, observer.fingerprint, counts, precision, device.type]
     path = cache_dir / f"{name}-{digest(json.dumps(key).encode())}.json"
     if not path.is_file():
         chosen = by_features(train, counts, name, observer, device=device, precision=precision)

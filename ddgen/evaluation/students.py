@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ddgen.data import ImageDataset
+from ddgen.distill.views import StoredViews
 from ddgen.errors import UserError
-from ddgen.evaluation.batches import Batch, Look, TrainingImages, stream, with_teachers
+from ddgen.evaluation.batches import Batch, Look, TrainingImages, stored_views, stream, with_teachers
 from ddgen.evaluation.protocols import Protocol
 from ddgen.evaluation.scoring import Scores, score, scored_epochs
 from ddgen.observer.networks import build_network, uses_channels_last
@@ -140,7 +141,7 @@ def train_student(job: Job, on_epoch: Callable[[int, float | None], None] | None
     Raises:
         UserError: Labels that the recipe needs and nobody has, or a loss that is not finite.
     """
-    check_labels(job)
+    job = with_labels(job)
     scored = set(scored_epochs(job.num_epochs, len(job.images), len(job.test)))
     curve: list[tuple[int, float]] = []
     train_seconds = 0.0
@@ -175,18 +176,44 @@ def train_student(job: Job, on_epoch: Callable[[int, float | None], None] | None
     )
 
 
-def check_labels(job: Job) -> None:
-    """Refuses a recipe whose labels nobody has."""
+def with_labels(job: Job) -> Job:
+    """Refuses a recipe whose labels nobody has; returns the job at the temperature of its stored views, if it has them.
+
+    Raises:
+        UserError: Says what is missing.
+    """
     if job.protocol.labels == "soft" and not job.teachers:
         raise UserError(f"--protocols {job.protocol.name}: soft labels need a teacher; give --observer")
     if job.protocol.labels == "stored" and job.images.soft_labels is None:
         raise UserError(f"--protocols {job.protocol.name}: these images have no stored soft labels; give --observer")
+    if job.protocol.labels != "views":
+        return job
+    views = check_views(job.images.views, job.protocol, job.images.factor, job.look.flip)
+    return replace(job, protocol=replace(job.protocol, temperature=views.header.temperature))
+
+
+def check_views(views: StoredViews | None, protocol: Protocol, factor: int, flip: bool) -> StoredViews:
+    """Returns stored views that a recipe can use.
+
+    Raises:
+        UserError: There are none, or they were augmented otherwise.
+    """
+    if views is None:
+        raise UserError(f"--protocols {protocol.name}: no stored views; make them with ddgen label")
+    made = views.header.augmentation
+    for name, value in protocol.augmentation(factor, flip).items():
+        if made.get(name) != value:
+            raise UserError(
+                f"--protocols {protocol.name}: the stored views were made with {name} {made.get(name)}, not {value};"
+                " run ddgen label --overwrite"
+            )
+    return views
 
 
 def make_batches(job: Job) -> Iterator[Batch]:
     """Returns all batches of a student's training, with the labels of its recipe."""
-    images = job.images.to(job.device)
-    batches = stream(images, job.protocol, job.num_epochs, job.batch_size, job.seed, job.look)
+    make = stored_views if job.protocol.labels == "views" else stream
+    batches = make(job.images.to(job.device), job.protocol, job.num_epochs, job.batch_size, job.seed, job.look)
     if job.protocol.labels != "soft":
         return batches
     return with_teachers(batches, [t.to(job.device).eval() for t in job.teachers], job.device, job.precision)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -143,10 +144,14 @@ class Observer(nn.Module):
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, *, beside: Path | None = None) -> None:
         """Writes a folder that `load` reads, whole or not at all.
 
         A transformers model is written in transformers' own layout, so that it stays one.
+
+        Args:
+            path: The folder to create.
+            beside: A folder whose contents are copied next to the weights: what training left.
 
         Raises:
             UserError: The folder exists.
@@ -154,6 +159,8 @@ class Observer(nn.Module):
         if path.exists():
             raise UserError(f"--output_dir {path}: an observer is there already; choose another folder or remove it")
         with atomic_dir(path) as folder:
+            if beside is not None:
+                shutil.copytree(beside, folder, dirs_exist_ok=True)
             if isinstance(self.classifier, TransformersClassifier):
                 self.classifier.model.config.ddgen_accuracy = self.accuracy
                 self.classifier.model.config.ddgen_network = self.network
@@ -255,6 +262,23 @@ def predict_both(
     with _evaluating(observer, device, precision) as memory_format:
         logits, features = observer.outputs(images01.to(device).contiguous(memory_format=memory_format))
         return logits.float().cpu(), features.float().cpu()
+
+
+def predict_views(observer: Observer, images01: Tensor, *, device: torch.device, precision: str) -> Tensor:
+    """Runs the observer in eval mode once over a batch of images that are no longer whole numbers.
+
+    Args:
+        observer: Moved to `device`.
+        images01: (b, 3, h, w) in [0, 1].
+        device: Where to compute.
+        precision: See `ddgen.precision`.
+
+    Returns:
+        Logits (b, k), float32 on the CPU.
+    """
+    with _evaluating(observer, device, precision) as memory_format:
+        logits: Tensor = observer(images01.to(device).contiguous(memory_format=memory_format))
+        return logits.float().cpu()
 
 
 @contextmanager

@@ -16,9 +16,10 @@ from tqdm import tqdm
 from ddgen.config import ObserverConfig
 from ddgen.data import ImageDataset, split_holdout
 from ddgen.errors import UserError
+from ddgen.observer.epochs import EpochLog, kept_epochs, true_class_probabilities
 from ddgen.observer.networks import build_network, uses_channels_last
 from ddgen.observer.observer import Observer, Triple
-from ddgen.observer.realism import check_observer, measure_accuracy
+from ddgen.observer.realism import check_observer
 from ddgen.precision import autocast
 from ddgen.resume import Checkpoints, Keeper, LossWatch, Snapshot, name_images
 from ddgen.seeds import batch_indices, derive, torch_generator
@@ -52,8 +53,9 @@ def train_observer(
     Args:
         config: Network, epochs, batch size, learning rate, input size, held-out part.
         dataset: The real training split.
-        output_dir: Folder to create; one line per epoch goes to ``<output_dir>_metrics.jsonl`` beside it. A training
-            that was stopped left its checkpoints in ``<output_dir>_checkpoints`` and goes on from there.
+        output_dir: Folder to create, with what `ddgen.observer.epochs` keeps; one line per epoch goes to
+            ``<output_dir>_metrics.jsonl`` beside it. A training that was stopped left its checkpoints in
+            ``<output_dir>_checkpoints`` and goes on from there.
         device: Where to train.
         precision: See `ddgen.precision`; weights are float32.
         seed: The user's seed.
@@ -69,6 +71,7 @@ def train_observer(
         Stopped: SIGTERM or Ctrl-C; a checkpoint has been written.
     """
     _check_settings(config, output_dir)
+    kept_epochs(config)
     train_indices, holdout_indices = split_holdout(dataset, config.observer_holdout, seed)
     if len(holdout_indices) == 0 or len(train_indices) == 0:
         raise UserError(
@@ -88,14 +91,15 @@ def train_observer(
             {**asdict(config), "seed": seed, "flip": flip, "images": dataset.fingerprint},
             metrics_path=output_dir.with_name(output_dir.name + "_metrics.jsonl"),
         )
-        _loop(run, observer, checkpoints, progress)
+        log = EpochLog(checkpoints.folder / "kept", config, len(dataset))
+        _loop(run, observer, checkpoints, log, progress)
     observer.eval()
     try:
         check_observer(observer, dataset.class_names)  # before it is saved: a run goes on with the observer it finds
     except UserError:
         checkpoints.remove()  # going on would end here again
         raise
-    observer.save(output_dir)
+    observer.save(output_dir, beside=log.folder)
     checkpoints.remove()
     return observer
 
@@ -124,6 +128,16 @@ class _Run:
     @property
     def num_steps(self) -> int:
         return self.steps_until(self.config.observer_epochs)
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """What `read_training` gives back."""
+        return {
+            "seed": self.seed,
+            "observer_holdout": self.config.observer_holdout,
+            "epochs": self.config.observer_epochs,
+            "images": self.dataset.fingerprint,
+        }
 
     def batch(self, step: int) -> Tensor:
         """Returns which images of the dataset optimizer step `step` takes, int64 (b,)."""
@@ -264,7 +278,7 @@ class _State:
         self.epoch_loss, self.observer.accuracy = saved.facts["epoch_loss"], saved.facts["accuracy"]
 
 
-def _loop(run: _Run, observer: Observer, checkpoints: Checkpoints, progress: bool) -> None:
+def _loop(run: _Run, observer: Observer, checkpoints: Checkpoints, log: EpochLog, progress: bool) -> None:
     pixels = _place(run.dataset.pixels, run.device)
     memory_format = torch.channels_last if uses_channels_last(observer, run.device) else torch.contiguous_format
     observer.to(memory_format=memory_format).train()
@@ -276,6 +290,7 @@ def _loop(run: _Run, observer: Observer, checkpoints: Checkpoints, progress: boo
     state = _State(observer, optimizer, scaler, watch)
     begin = checkpoints.go_on(state.go_back)
     checkpoints.tidy(checkpoints.latest())
+    log.start(run.facts, anew=begin == 0)
     if begin and progress:
         print(f"observer: going on at step {begin} of {run.num_steps}")
     bar = tqdm(
@@ -294,7 +309,10 @@ def _loop(run: _Run, observer: Observer, checkpoints: Checkpoints, progress: boo
                 continue
             record = _epoch(run, state, pixels, steps[max(begin - steps.start, 0) :], keeper, bar)
             record["loss"] = state.epoch_loss / len(steps)
-            state.epoch_loss, observer.accuracy = 0.0, record["holdout_accuracy"]
+            state.epoch_loss = 0.0
+            observer.accuracy, confidences = _judge(run, observer)
+            record["holdout_accuracy"] = observer.accuracy
+            log.after_epoch(epoch, observer, confidences)
             bar.set_postfix(loss=f"{record['loss']:.3f}", accuracy=f"{observer.accuracy:.3f}")
             assert checkpoints.metrics_path is not None
             with open(checkpoints.metrics_path, "a", encoding="utf-8") as file:
@@ -321,15 +339,22 @@ def _epoch(run: _Run, state: _State, pixels: Tensor, steps: range, keeper: Keepe
             keeper.after_step(step + 1)
     state.settle(steps.stop)
     seconds = time.perf_counter() - start
-    accuracy = measure_accuracy(
-        state.observer, run.dataset, indices=run.holdout_indices, device=run.device, precision=run.precision
-    )
     return {
         "learning_rate": state.optimizer.param_groups[0]["lr"],
-        "holdout_accuracy": accuracy,
         "images_per_second": len(steps) * run.batch_size / seconds,
         "seconds": seconds,
     }
+
+
+def _judge(run: _Run, observer: Observer) -> tuple[float, Tensor]:
+    """Returns the accuracy on held-out images and, where they are logged, the confidences in all images, (n,)."""
+    logged = run.config.observer_confidences
+    indices = torch.arange(len(run.dataset)) if logged else run.holdout_indices
+    confidences, hits = true_class_probabilities(
+        observer, run.dataset, indices, device=run.device, precision=run.precision
+    )
+    held_out = hits[run.holdout_indices] if logged else hits
+    return int(held_out.sum()) / len(held_out), confidences
 
 
 def _step(run: _Run, state: _State, pixels: Tensor, step: int) -> Tensor:

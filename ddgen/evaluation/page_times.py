@@ -1,0 +1,58 @@
+"""How long the stages of a run took, as far as its files tell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+from ddgen.evaluation.page_run import RunRecord
+
+TimeRow = tuple[str, str, str]
+
+
+def time_rows(run: RunRecord) -> list[TimeRow]:
+    """Returns stage, time and where that is known from, in the order of the work."""
+    rows: list[TimeRow] = []
+    observer = [epoch["seconds"] for epoch in run.observer_epochs if _is_seconds(epoch.get("seconds"))]
+    if observer:
+        rows.append(("observer", readable(sum(observer)), f"{len(observer)} epochs, observer_metrics.jsonl"))
+    training = _training_seconds(run)
+    if training is not None:
+        rows.append(("diffusion model", readable(training), "steps and images per second, metrics.jsonl"))
+    for shown in run.sets:
+        recorded = shown.manifest.get("provenance", {}).get("seconds")
+        for stage, seconds in (recorded if isinstance(recorded, Mapping) else {}).items():
+            if _is_seconds(seconds):
+                rows.append((f"{shown.name}: {stage}", readable(seconds), "manifest.json"))
+        students = [row["seconds"] for row in shown.results.get("rows", ()) if _is_seconds(row.get("seconds"))]
+        if students:
+            rows.append((f"{shown.name}: students", readable(sum(students)), "results.json"))
+    return rows
+
+
+def readable(seconds: float) -> str:
+    """Writes a duration the way people read it."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _training_seconds(run: RunRecord) -> float | None:
+    """Seconds of the training steps, without points of the curve: images between two lines over their rate."""
+    batch = run.config.get("train_batch_size")
+    lines = {
+        line["step"]: line["images_per_second"]
+        for line in run.metrics
+        if line.get("images_per_second") and line.get("step")
+    }
+    if not batch or not lines:
+        return None
+    steps = [0, *sorted(lines)]
+    return sum((later - earlier) * batch / lines[later] for earlier, later in pairwise(steps))
+
+
+def _is_seconds(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
