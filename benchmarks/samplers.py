@@ -34,6 +34,7 @@ from tqdm import tqdm
 from ddgen.checkpoint import write_bytes
 from ddgen.commands.runs import find_run, load_on_all, read_run_config, start_accelerator
 from ddgen.commands.train_curve import monitor_of_run
+from ddgen.config import FAST, GuidanceConfig
 from ddgen.data import ImageDataset
 from ddgen.diffusion.autoguidance import load_guide
 from ddgen.diffusion.generator import Generator, load_generator
@@ -163,6 +164,9 @@ def _wanted(settings: Settings, generator: Generator) -> list[tuple[str, dict[st
                 if num_evaluations(sampler, steps) in (evaluations, evaluations - 1, evaluations + 1):
                     unguided = {"sampler": sampler, "num_inference_steps": steps, "guidance_scale": 1.0}
                     wanted.append((f"{sampler} {steps}", unguided))
+        default = {"sampler": GuidanceConfig().sampler, "num_inference_steps": GuidanceConfig().steps}
+        for name, changes in (("default", default), ("fast", FAST)):
+            wanted.append((f"{name}, guided inside", changes))
         everywhere = {"guidance_interval": (0.0, 1.0), "guidance_scale": generator.sampling.guidance_scale}
         stock = {"sampler": "ddim", "num_inference_steps": STEPS_OF_STOCK, **everywhere}
         wanted.append((f"ddim {STEPS_OF_STOCK} guided at every step", stock))
@@ -198,7 +202,13 @@ def _measure(bench: Bench, name: str, changes: dict[str, Any]) -> Result:
         parts.append(generator.sample(labels[part], indices[part], settings.seed))
     seconds, processor = time.perf_counter() - start, time.process_time() - processor
     pixels = torch.cat(parts)
-    found: Result = {"name": name, **changes, "seconds": seconds, "processor_seconds": processor}
+    found: Result = {
+        "name": name,
+        **generator.sampling.to_dict(),
+        **changes,
+        "seconds": seconds,
+        "processor_seconds": processor,
+    }
     found |= bench.monitor(pixels, labels)
     bench.monitor.suspects.clear()
     if changes.get("students") and settings.repeats:
@@ -281,7 +291,10 @@ def _sampler_table(results: list[Result]) -> str:
     metric = _distance(results[0])[0]
     lines = [f"| sampler | steps | evaluations | {metric} | KID | recall | processor seconds |", "|" + " --- |" * 7]
     for r in sorted(results, key=lambda r: (r["sampler"], evaluations_of(r))):
-        name = r["sampler"] + (" guided at every step" if r["guidance_scale"] != 1 else "")
+        name = r["sampler"]
+        if r["guidance_scale"] != 1:
+            low, high = r["guidance_interval"]
+            name += " guided at every step" if (low, high) == (0, 1) else f" guided in {low:g} to {high:g}"
         numbers = f"{_distance(r)[1]:.1f} | {_value(r, 'kid'):.4f} | {_value(r, 'recall'):.2f}"
         steps = f"{r['num_inference_steps']} | {evaluations_of(r)}"
         lines.append(f"| {name} | {steps} | {numbers} | {r['processor_seconds']:.0f} |")
@@ -314,9 +327,9 @@ def _draw_samplers(results: list[Result]) -> bytes:
         points = sorted((evaluations_of(r), _distance(r)[1]) for r in found)
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=sampler)
-    for r in results:
-        if r["guidance_scale"] != 1:
-            axes.plot(evaluations_of(r), _distance(r)[1], "k*", markersize=10, label="DDIM 50, guided at every step")
+    for r, marker in zip([r for r in results if r["guidance_scale"] != 1], "*Ds", strict=False):
+        label = f"{r['sampler']} {r['num_inference_steps']}, guided{'' if 'inside' in r['name'] else ' at every step'}"
+        axes.plot(evaluations_of(r), _distance(r)[1], f"k{marker}", markersize=7, label=label)
     axes.set(
         xscale="log", yscale="log", xlabel="evaluations of the denoiser per image", ylabel=_distance(results[0])[0]
     )
