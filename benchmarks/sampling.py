@@ -69,10 +69,11 @@ def main(argv: list[str] | None = None) -> int:
     generator = _generator(settings, device, precision)
     print(f"{device_name(device)}, {torch.get_num_threads()} threads; ours: {number_format(device, precision)}")
     ours = settings.num_images * settings.ours_factor
+    default = {"sampler": GuidanceConfig().sampler, "num_inference_steps": GuidanceConfig().steps}
     with tempfile.TemporaryDirectory() as folder:
         contestants: dict[str, tuple[int, Callable[[int], None]]] = {
             "stock": (settings.num_images, _stock(generator, settings, Path(folder), device)),
-            "default": (ours, _ours(generator, ours, Path(folder) / "default")),
+            "default": (ours, _ours(generator.with_sampling(**default), ours, Path(folder) / "default")),
             "fast": (ours, _ours(generator.with_sampling(**FAST), ours, Path(folder) / "fast")),
         }
         rates, processor = _race(contestants, settings.rounds)
