@@ -29,7 +29,7 @@ DatasetName = Literal[
     "digits", "cifar10", "cifar100", "tinyimagenet", "imagenette", "imagewoof", "imagenet1k", "imagefolder", "parquet"
 ]
 Precision = Literal["no", "bf16", "fp16"]
-STEPS: dict[str, int] = {"unipc": 10, "dpmsolver++": 15, "ipndm": 15, "heun": 15, "ddim": 50}
+STEPS: dict[str, int] = {"unipc": 8, "dpmsolver++": 15, "ipndm": 15, "heun": 15, "ddim": 50}
 """Steps that a sampler takes where --num_inference_steps is not given; docs/sampling.md has the measurements."""
 FAST: dict[str, Any] = {"sampler": "unipc", "num_inference_steps": 6}
 """What --fast stands for."""
@@ -207,7 +207,7 @@ class GuidanceConfig:
     """Sampling of the diffusion model."""
 
     num_inference_steps: int | None = None
-    """Sampler steps, 1 to 1000. A step asks the denoiser once; one of heun, but for the last, twice. Default: 10 of
+    """Sampler steps, 1 to 1000. A step asks the denoiser once; one of heun, but for the last, twice. Default: 8 of
     unipc, 50 of ddim, 15 of the others."""
     guidance_scale: float = 1.5
     """Classifier-free guidance; 1 is none."""
@@ -331,7 +331,7 @@ class SampleConfig:
     fast: bool = False
     """UniPC in 6 steps; --sampler and --num_inference_steps stand over it."""
     num_inference_steps: int | None = None
-    """Sampler steps. Default: the run's; with another --sampler, that one's own: 10 of unipc, 50 of ddim, 15 of the
+    """Sampler steps. Default: the run's; with another --sampler, that one's own: 8 of unipc, 50 of ddim, 15 of the
     others."""
     guidance_scale: float | None = None
     """Classifier-free guidance. Default: the run's."""
