@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
 from ddgen.autoencoder.autoencoder import identity, wrap
@@ -30,7 +31,7 @@ from ddgen.diffusion.objective import build_scheduler
 from ddgen.diffusion.pipeline import LatentDiffusionPipeline
 from ddgen.diffusion.run import TrainingRun
 from ddgen.diffusion.samplers import Schedule, solve
-from ddgen.diffusion.unet import build_unet
+from ddgen.diffusion.unet import build_unet, with_contiguous_attention
 from ddgen.errors import UserError
 from ddgen.precision import memory_format
 from ddgen.resume import Checkpoints
@@ -57,7 +58,7 @@ def random_unet(seed: int, *, channels: int = 4, size: int = 4, num_classes: int
 @pytest.fixture
 def generator() -> Generator:
     """A small random generator with outputs that depend on class and noise."""
-    unet = random_unet(0).to(memory_format=memory_format(CPU, "no"))
+    unet = with_contiguous_attention(random_unet(0).to(memory_format=memory_format(CPU, "no")))
     vae = PatchAutoencoderKL(latent_channels=4, downsample=4, block_out_channels=())
     autoencoder = wrap(vae, CPU, "no").with_statistics(torch.arange(4.0) / 10, torch.arange(1.0, 5.0))
     sampling = GuidanceConfig(num_inference_steps=6, guidance_scale=2.0, sampler="ddim")
@@ -80,6 +81,19 @@ def test_an_image_depends_on_seed_class_and_index_only(generator: Generator, set
     assert (together.int() - other.int()).abs().float().mean() > 5
     assert not torch.equal(together[0], together[1]) and not torch.equal(together[0], together[3])
     assert generator.image_size == together.shape[-1] == 16
+
+
+def test_contiguous_attention_computes_the_same_in_one_product(generator: Generator) -> None:
+    plain, contiguous = random_unet(0), generator.unet
+    x, t, y = (
+        torch.randn(4, 4, 4, 4, generator=torch.Generator().manual_seed(0)),
+        torch.full((4,), 500.0),
+        torch.arange(4) % 3,
+    )
+    layouts: list[bool] = []
+    query = next(module for module in contiguous.modules() if isinstance(module, Attention)).to_q
+    query.register_forward_hook(lambda _, given, output: layouts.append(given[0].is_contiguous()))
+    assert torch.allclose(plain(x, t, y).sample, contiguous(x, t, y).sample, atol=1e-5) and layouts == [True]
 
 
 def test_fresh_noise_changes_the_image(generator: Generator) -> None:

