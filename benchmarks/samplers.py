@@ -333,9 +333,10 @@ def _draw_samplers(results: list[Result]) -> bytes:
     axes.set(
         xscale="log", yscale="log", xlabel="evaluations of the denoiser per image", ylabel=_distance(results[0])[0]
     )
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter("{x:g}")
-        axis.set_minor_formatter("{x:g}")
+    axes.set_xticks(ticks := [5, 6, 8, 10, 15, 20, 50, 100], [f"{tick}" for tick in ticks])
+    axes.xaxis.set_minor_formatter("")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False)
     return _png(figure)
