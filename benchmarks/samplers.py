@@ -17,6 +17,7 @@ where it was stopped.
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import sys
 import time
@@ -46,7 +47,7 @@ from ddgen.evaluation.monitor import DistanceMonitor
 from ddgen.evaluation.protocol_files import get_protocol
 from ddgen.evaluation.students import IMAGENET_LOOK, Job, TrainingImages, train_student
 from ddgen.observer.observer import Observer
-from ddgen.observer.realism import realism_losses
+from ddgen.observer.realism import realism_scores
 from ddgen.seeds import numpy_generator
 
 Result = dict[str, Any]
@@ -222,7 +223,7 @@ def _students(bench: Bench, pixels: Tensor, labels: Tensor) -> Result:
     count = settings.ipc * settings.candidates_per_image
     if count * classes > len(labels):
         raise UserError(f"--num_images {len(labels)}: --ipc and --candidates_per_image need {count * classes}")
-    scores = realism_losses(
+    scores = realism_scores(
         bench.observer, pixels, labels, batch_size=250, device=bench.monitor.device, precision=bench.precision
     )
     kept: dict[str, list[Tensor]] = {"realism": [], "random": []}
@@ -327,7 +328,8 @@ def _draw_samplers(results: list[Result]) -> bytes:
         points = sorted((evaluations_of(r), _distance(r)[1]) for r in found)
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=sampler)
-    for r, marker in zip([r for r in results if r["guidance_scale"] != 1], "*Ds", strict=False):
+    guided = [r for r in results if r["guidance_scale"] != 1]
+    for marker, r in zip(itertools.cycle("*Ds^v"), guided, strict=False):
         label = f"{r['sampler']} {r['num_inference_steps']}, guided{'' if 'inside' in r['name'] else ' at every step'}"
         axes.plot(evaluations_of(r), _distance(r)[1], f"k{marker}", markersize=7, label=label)
     axes.set(

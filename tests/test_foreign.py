@@ -38,7 +38,7 @@ from ddgen.diffusion.unet import build_unet
 from ddgen.distill.dataset import DistilledDataset
 from ddgen.errors import UserError
 from ddgen.observer.observer import Observer
-from ddgen.observer.realism import candidate_problem, realism_losses
+from ddgen.observer.realism import candidate_problem, realism_scores
 from ddgen.seeds import torch_generator
 
 CPU = torch.device("cpu")
@@ -547,7 +547,7 @@ def test_an_observer_and_anybodys_generator_make_a_distilled_dataset(
 def test_a_weak_generator_of_the_runs_own_is_only_warned_of(observer_run: Path) -> None:
     pixels = torch.randint(0, 256, (16, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     labels, observer = torch.arange(4).repeat_interleave(16), Observer.load(observer_run)
-    scores = realism_losses(observer, pixels.repeat(4, 1, 1, 1), labels, batch_size=64, device=CPU, precision="no")
+    scores = realism_scores(observer, pixels.repeat(4, 1, 1, 1), labels, batch_size=64, device=CPU, precision="no")
     lines: list[str] = []
     look = partial(check_probe, scores=scores, labels=labels, observer=observer)
     look(SampleConfig(), say=lines.append)

@@ -148,13 +148,13 @@ def test_the_largest_logits_stay_and_the_probability_of_the_rest_is_spread_evenl
 def test_a_student_sees_exactly_what_was_labelled(monkeypatch: pytest.MonkeyPatch) -> None:
     dataset, teacher = colours(4), observer_of(20.0)
     seen: list[torch.Tensor] = []
-    forward = Observer.forward
-    monkeypatch.setattr(Observer, "forward", lambda self, x: seen.append(x.clone()) or forward(self, x))
+    outputs = Observer.outputs
+    monkeypatch.setattr(Observer, "outputs", lambda self, x: seen.append(x.clone()) or outputs(self, x))
     views = views_of(dataset, teachers=[teacher], epochs=range(2), label_batch_size=7)
     labelled = torch.cat(seen)  # two epochs of 12 views, in batches of 5, labelled 10 and 2 at once
     assert [len(part) for part in seen] == [10, 2, 10, 2]
     with torch.no_grad():
-        logits = torch.cat([forward(teacher, part) for part in seen])
+        logits = torch.cat([outputs(teacher, part)[0] for part in seen])
     assert torch.equal(views.values.flatten(0, 1), logits.half())
     assert len(labelled.flatten(1).unique(dim=0)) == 24
     rows = {image.numpy().tobytes(): logit.half() for image, logit in zip(labelled, logits, strict=True)}

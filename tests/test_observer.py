@@ -18,7 +18,7 @@ from ddgen.errors import UserError
 from ddgen.observer.inference import for_inference
 from ddgen.observer.networks import build_network, uses_channels_last
 from ddgen.observer.observer import Observer, predict_pixels
-from ddgen.observer.realism import check_observer, measure_accuracy, realism_losses
+from ddgen.observer.realism import check_observer, measure_accuracy, realism_scores
 from ddgen.observer.training import augment, channel_statistics, one_cycle, train_observer
 from ddgen.seeds import torch_generator
 
@@ -257,7 +257,7 @@ def test_learns_and_reports(trained: tuple[Observer, Path]) -> None:
     assert observer.accuracy == lines[-1]["holdout_accuracy"]
     test = colours(seed=5)
     assert measure_accuracy(observer, test, device=CPU, precision="no") > 0.9
-    scores = realism_losses(observer, test.pixels, test.labels, batch_size=64, device=CPU, precision="no")
+    scores = realism_scores(observer, test.pixels, test.labels, batch_size=64, device=CPU, precision="no")
     accuracy = (scores.predicted == test.labels).float().mean().item()
     assert measure_accuracy(observer, test, device=CPU, precision="no", batch_size=7) == pytest.approx(accuracy)
 
@@ -352,7 +352,7 @@ def test_channel_statistics_match_the_definition() -> None:
 
 def test_realism_is_the_cross_entropy_of_the_true_class() -> None:
     observer, data = untrained(), colours(per_class=5)
-    scores = realism_losses(observer, data.pixels, data.labels, batch_size=4, device=CPU, precision="no")
+    scores = realism_scores(observer, data.pixels, data.labels, batch_size=4, device=CPU, precision="no")
     logits = observer(data.pixels / 255).detach()
     torch.testing.assert_close(scores.loss, F.cross_entropy(logits, data.labels, reduction="none"))
     assert torch.equal(scores.predicted, logits.argmax(dim=1))
@@ -366,12 +366,12 @@ def test_realism_is_finite_where_softmax_underflows() -> None:
         observer.classifier.head.weight.zero_()
         observer.classifier.head.bias.copy_(torch.tensor([0.0, 500.0, -500.0]))
     pixels = torch.zeros(3, 3, 8, 8, dtype=torch.uint8)
-    scores = realism_losses(observer, pixels, torch.arange(3), batch_size=3, device=CPU, precision="no")
+    scores = realism_scores(observer, pixels, torch.arange(3), batch_size=3, device=CPU, precision="no")
     assert scores.loss.tolist() == [500.0, 0.0, 1000.0]
     with torch.no_grad():
         observer.classifier.head.bias[0] = math.nan
     with pytest.raises(UserError, match="logits are not finite"):
-        realism_losses(observer, pixels, torch.arange(3), batch_size=3, device=CPU, precision="no")
+        realism_scores(observer, pixels, torch.arange(3), batch_size=3, device=CPU, precision="no")
 
 
 def test_check_observer() -> None:

@@ -28,7 +28,7 @@ from ddgen.evaluation.evaluate import evaluate as evaluate_students
 from ddgen.evaluation.students import Job, StudentResult, train_student
 from ddgen.observer.networks import Classifier
 from ddgen.observer.observer import Observer, predict_both, predict_pixels, to_images01
-from ddgen.observer.realism import REAL_IMAGES, real_class_scores, realism_losses, realism_scores
+from ddgen.observer.realism import REAL_IMAGES, real_class_scores, realism_scores
 from ddgen.seeds import numpy_generator
 
 CPU = torch.device("cpu")
@@ -253,7 +253,7 @@ def test_one_pass_gives_logits_and_features() -> None:
         alone = predict_pixels(known, pixels, what=what, batch_size=4, device=CPU, precision="no")  # type: ignore[arg-type]
         torch.testing.assert_close(found, alone, atol=1e-6, rtol=0)
     scores = realism_scores(known, pixels, torch.ones(10).long(), batch_size=4, device=CPU, precision="no")
-    other = realism_losses(known, pixels, torch.ones(10).long(), batch_size=10, device=CPU, precision="no")
+    other = realism_scores(known, pixels, torch.ones(10).long(), batch_size=10, device=CPU, precision="no")
     torch.testing.assert_close(scores.loss, other.loss, atol=1e-6, rtol=0)
     assert torch.equal(scores.predicted, other.predicted) and scores.features is not None and other.features is None
 
@@ -376,7 +376,7 @@ def test_the_command_writes_a_dataset_that_evaluate_reads(
     assert selection["mean_realism_loss_kept"] < selection["mean_realism_loss_pool"]
     # the labels are of the grids, not of the crops
     known = Observer.load(digits_observer)
-    scores = realism_losses(known, distilled.pixels, distilled.labels, batch_size=9, device=CPU, precision="no")
+    scores = realism_scores(known, distilled.pixels, distilled.labels, batch_size=9, device=CPU, precision="no")
     torch.testing.assert_close(distilled.realism, scores.loss)
     torch.testing.assert_close(distilled.soft_labels.float(), scores.logits.softmax(1), atol=1e-3, rtol=0)
     card = (tmp_path / "two" / "README.md").read_text()

@@ -29,7 +29,7 @@ from ddgen.distill.relabel import soft_labels
 from ddgen.distill.selection_report import ClassReport, SelectionReport, compared_classes, report_class
 from ddgen.errors import UserError
 from ddgen.observer.observer import Observer
-from ddgen.observer.realism import check_observer, real_class_scores, realism_losses
+from ddgen.observer.realism import check_observer, real_class_scores, realism_scores
 
 
 def distill(config: DistillConfig) -> int:
@@ -175,7 +175,7 @@ def _distilled(
     """Relabels the images as they now are: grids are other images than the crops that were ranked."""
     pixels = torch.cat([one.pixels for one in kept])
     labels = torch.arange(dataset.num_classes).repeat_interleave(config.ipc)
-    scores = realism_losses(observer, pixels, labels, batch_size=256, device=device, precision=precision)
+    scores = realism_scores(observer, pixels, labels, batch_size=256, device=device, precision=precision)
     return DistilledDataset(
         pixels=pixels,
         labels=labels,

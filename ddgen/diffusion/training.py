@@ -94,35 +94,16 @@ def train_diffusion(
     names = [name for name, _ in run.unet.named_parameters()]
     snapshots = Snapshots(output_dir / "ema_snapshots", names, optim.ema_stds, optim.max_train_steps)
     unet.train()
-
-    def any_loss() -> Tensor:
-        part = batches.at(run.step)[0]
-        return objective(unet, part.latents, part.labels, part.draws)
-
-    fix_order_of_sums(accelerator, unet, any_loss)
+    fix_order_of_sums(accelerator, unet, lambda: _loss(objective, unet, batches.at(run.step)[0]))
 
     # --- loop
     with note_signals() as noted, closing(report), closing(batches):
+        last, every = optim.max_train_steps, config.run.checkpointing_steps
         keeper = Keeper(
-            run.checkpoints,
-            lambda _: run.snapshot(),
-            report.settle,
-            noted,
-            accelerator,
-            last=optim.max_train_steps,
-            every=config.run.checkpointing_steps,
+            run.checkpoints, lambda _: run.snapshot(), report.settle, noted, accelerator, last=last, every=every
         )
-        while run.step < optim.max_train_steps:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(optim, run.step)
-            if config.denoiser.unet_dropout:
-                torch.manual_seed(derive(config.run.seed, "diffusion", "dropout", run.step, accelerator.process_index))
-            losses = _accumulate_gradients(unet, objective, batches.at(run.step), accelerator)
-            norm = whole(accelerator.clip_grad_norm_(run.unet.parameters(), optim.max_grad_norm))
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            run.step += 1
-            run.ema.update(run.step)
+        while run.step < last:
+            losses, norm = _take_step(config, run, unet, optimizer, objective, batches.at(run.step), accelerator)
 
             # --- report and save
             if optim.posthoc_ema_stds:
@@ -132,6 +113,29 @@ def train_diffusion(
     # Only the main process knows the distances, and under FSDP all of them put the average together.
     best = broadcast_object_list([best_ema(run.distances, optim.ema_stds)])[0]
     return report.choose_width(snapshots, best) if optim.posthoc_ema_stds else report.generator(best)
+
+
+def _take_step(
+    config: TrainConfig,
+    run: TrainingRun,
+    unet: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    objective: DiffusionLoss,
+    parts: list[MicroBatch],
+    accelerator: Accelerator,
+) -> tuple[list[Tensor], Tensor]:
+    """Takes one optimizer step; returns the losses of its micro-batches and the norm of the gradients."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(config.optimizer, run.step)
+    if config.denoiser.unet_dropout:
+        torch.manual_seed(derive(config.run.seed, "diffusion", "dropout", run.step, accelerator.process_index))
+    losses = _accumulate_gradients(unet, objective, parts, accelerator)
+    norm = whole(accelerator.clip_grad_norm_(run.unet.parameters(), config.optimizer.max_grad_norm))
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    run.step += 1
+    run.ema.update(run.step)
+    return losses, norm
 
 
 def _prepare(
@@ -147,6 +151,11 @@ def _prepare(
     return unet, optimizer
 
 
+def _loss(objective: DiffusionLoss, unet: nn.Module, part: MicroBatch) -> Tensor:
+    loss: Tensor = objective(unet, part.latents, part.labels, part.draws)
+    return loss
+
+
 def _accumulate_gradients(
     unet: nn.Module, objective: DiffusionLoss, parts: list[MicroBatch], accelerator: Accelerator
 ) -> list[Tensor]:
@@ -154,7 +163,7 @@ def _accumulate_gradients(
     losses = []
     for number, part in enumerate(parts):
         with accelerator.no_sync(unet) if number < len(parts) - 1 else nullcontext():
-            loss = objective(unet, part.latents, part.labels, part.draws) / len(parts)
+            loss = _loss(objective, unet, part) / len(parts)
             accelerator.backward(loss)
         losses.append(loss.detach())
     return losses

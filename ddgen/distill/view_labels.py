@@ -23,7 +23,7 @@ from ddgen.distill.views import (
     sketch_of,
 )
 from ddgen.errors import UserError
-from ddgen.observer.observer import Observer, predict_views
+from ddgen.observer.observer import Observer, predict_both
 from ddgen.seeds import derive
 
 
@@ -81,7 +81,7 @@ def make_views(
         for position in range(len(epochs)):
             for first, images in _together(views, pixels, augment, position, label_batch_size):
                 rows_here = slice(first, first + len(images))
-                logits = [predict_views(t, images, device=device, precision=precision) for t in teachers]
+                logits = [predict_both(t, images, device=device, precision=precision)[0] for t in teachers]
                 _put(views, position, rows_here, ensemble_logits(logits, temperature))
                 bar.update(len(images))
     sketch = sketch_of(draw_batch(pixels, augment, views.order(0)[:batch_size], int(views.seeds[0, 1]))).cpu()

@@ -108,7 +108,7 @@ def _panels(metrics: dict[str, Series]) -> list[list[str]]:
 
 
 def _draw_panel(axes: Axes, metrics: dict[str, Series], best: tuple[str, float, str, float] | None) -> None:
-    for dashes, series in zip(DASHES, metrics.values(), strict=False):
+    for dashes, series in zip(itertools.cycle(DASHES), metrics.values(), strict=False):
         for colour, points in zip(itertools.cycle(COLOURS), series.values(), strict=False):
             steps, heights = zip(*points, strict=True)
             axes.plot(steps, heights, color=colour, linestyle=dashes, marker="o", markersize=3.5, linewidth=1.8)
@@ -166,7 +166,8 @@ def _legend(axes: Axes, kinds: list[str], averages: list[str]) -> None:
         lines = [Line2D([], [], color=next(colours), label=_label(average)) for average in averages]
     if len(kinds) > 1:
         lines += [
-            Line2D([], [], color=GREY, linestyle=line, label=kind) for line, kind in zip(DASHES, kinds, strict=False)
+            Line2D([], [], color=GREY, linestyle=line, label=kind)
+            for line, kind in zip(itertools.cycle(DASHES), kinds, strict=False)
         ]
     if lines:
         axes.legend(handles=lines, frameon=False, fontsize=8.5)

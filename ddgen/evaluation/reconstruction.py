@@ -15,7 +15,7 @@ from ddgen.evaluation.extractors import Extractor
 from ddgen.evaluation.frechet import FeatureStatistics, frechet_to_features
 from ddgen.grids import image_grid
 from ddgen.observer.observer import Observer
-from ddgen.observer.realism import realism_losses
+from ddgen.observer.realism import realism_scores
 
 MAX_IMAGES = 2_000
 GRID_COLUMNS, GRID_PAIRS = 10, 4
@@ -53,7 +53,7 @@ def measure_reconstruction(
     name = f"rfid_{n}" if extractor.is_inception else f"rfd_{extractor.name}_{n}"
     accuracies = []
     for side in (pixels, restored):
-        scores = realism_losses(observer, side, labels, batch_size=256, device=device, precision=precision)
+        scores = realism_scores(observer, side, labels, batch_size=256, device=device, precision=precision)
         accuracies.append((scores.predicted == labels).double().mean().item())
     return {
         "psnr": psnr_of(restored, pixels),

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import io
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ddgen.checkpoint import read_json, remove_leftovers, write_bytes, write_json
+from ddgen.checkpoint import read_json, remove_dir, remove_leftovers, write_bytes, write_json
 from ddgen.config import ObserverConfig
 from ddgen.data import ImageDataset
 from ddgen.errors import UserError
@@ -72,7 +71,7 @@ class EpochLog:
             anew: Whether training begins at its first step.
         """
         if anew and self.folder.is_dir():
-            shutil.rmtree(self.folder)
+            remove_dir(self.folder)
         (self.folder / EPOCHS_NAME).mkdir(parents=True, exist_ok=True)
         for folder in (self.folder, self.folder / EPOCHS_NAME):
             remove_leftovers(folder)

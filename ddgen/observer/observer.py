@@ -264,23 +264,6 @@ def predict_both(
         return logits.float().cpu(), features.float().cpu()
 
 
-def predict_views(observer: Observer, images01: Tensor, *, device: torch.device, precision: str) -> Tensor:
-    """Runs the observer in eval mode once over a batch of images that are no longer whole numbers.
-
-    Args:
-        observer: Moved to `device`.
-        images01: (b, 3, h, w) in [0, 1].
-        device: Where to compute.
-        precision: See `ddgen.precision`.
-
-    Returns:
-        Logits (b, k), float32 on the CPU.
-    """
-    with _evaluating(observer, device, precision) as memory_format:
-        logits: Tensor = observer(images01.to(device).contiguous(memory_format=memory_format))
-        return logits.float().cpu()
-
-
 @contextmanager
 def _evaluating(observer: Observer, device: torch.device, precision: str) -> Iterator[torch.memory_format]:
     """Puts the observer on a device in eval mode, without gradients, and gives the memory format that it is fast in."""

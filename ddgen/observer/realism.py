@@ -43,30 +43,12 @@ class RealismScores:
         return RealismScores(self.loss[index], self.predicted[index], self.logits[index], features)
 
 
-def realism_losses(
+def realism_scores(
     observer: Observer, pixels: Tensor, labels: Tensor, *, batch_size: int, device: torch.device, precision: str
 ) -> RealismScores:
     """Scores images by RDED's realism (Sun et al., CVPR 2024, section 3.3): ``-log softmax(logits)[y]``.
 
-    Args:
-        observer: Moved to `device`.
-        pixels: uint8 (n, 3, h, w).
-        labels: int64 (n,), the classes the images were made for.
-        batch_size: Images per forward pass.
-        device: Where to compute.
-        precision: See `ddgen.precision`.
-
-    Raises:
-        UserError: Logits that are not finite.
-    """
-    logits = predict_pixels(observer, pixels, what="logits", batch_size=batch_size, device=device, precision=precision)
-    return scores_of(logits, labels.cpu(), precision)
-
-
-def realism_scores(
-    observer: Observer, pixels: Tensor, labels: Tensor, *, batch_size: int, device: torch.device, precision: str
-) -> RealismScores:
-    """Scores images like `realism_losses`, and keeps the features of the same pass.
+    The features of the same pass are kept too: selection rules and reports compare them.
 
     Args:
         observer: Moved to `device`.
