@@ -255,7 +255,9 @@ def test_one_pass_gives_logits_and_features() -> None:
     scores = realism_scores(known, pixels, torch.ones(10).long(), batch_size=4, device=CPU, precision="no")
     other = realism_scores(known, pixels, torch.ones(10).long(), batch_size=10, device=CPU, precision="no")
     torch.testing.assert_close(scores.loss, other.loss, atol=1e-6, rtol=0)
-    assert torch.equal(scores.predicted, other.predicted) and scores.features is not None and other.features is None
+    assert torch.equal(scores.predicted, other.predicted)
+    assert scores.features is not None and other.features is not None
+    torch.testing.assert_close(scores.features, features, atol=1e-6, rtol=0)
 
 
 def test_real_scores_are_of_the_class_alone() -> None:
