@@ -243,6 +243,8 @@ class ObserverConfig:
     """Images per step."""
     observer_learning_rate: float = 1e-2
     """Peak learning rate (SGD with Nesterov momentum, one cycle)."""
+    observer_label_smoothing: float = 0.1
+    """Part of the target spread over all classes."""
     observer_input_size: int | None = None
     """Side to which the observer resizes its input. Default: the image size."""
     observer_holdout: float = 0.1
@@ -565,7 +567,9 @@ RANGES: dict[str, tuple[float, float]] = {
         "vae_learning_rate", "learning_rate", "max_grad_norm", "observer_learning_rate", "logit_std", "snr_gamma",
         "flow_shift", "soft_label_temperature", "budget_seconds",
     )},
-    **{name: (0, 1) for name in ("unet_dropout", "class_dropout", "lr_decay_fraction", "guidance_interval", "eta")},
+    **{name: (0, 1) for name in (
+        "unet_dropout", "class_dropout", "lr_decay_fraction", "guidance_interval", "eta", "observer_label_smoothing",
+    )},
     "observer_holdout": (0.001, 0.9),
     "fid_num_images": (6, math.inf),  # neighbours are counted up to the fifth
     "ema_stds": (0.005, 0.25),

@@ -27,7 +27,6 @@ from ddgen.stopping import note_signals
 
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
-LABEL_SMOOTHING = 0.1
 WARMUP_FRACTION = 0.2
 CROP_PADDING = 4 / 32  # pixels of shift per pixel of side
 STATISTICS_IMAGES = 10_000
@@ -367,7 +366,7 @@ def _step(run: _Run, state: _State, pixels: Tensor, step: int) -> Tensor:
         group["lr"] = one_cycle(step, run.num_steps, run.config.observer_learning_rate)
     with autocast(run.device, run.precision):
         logits = state.observer(images)
-    loss = F.cross_entropy(logits.float(), labels, label_smoothing=LABEL_SMOOTHING)
+    loss = F.cross_entropy(logits.float(), labels, label_smoothing=run.config.observer_label_smoothing)
     optimizer.zero_grad(set_to_none=True)
     state.scaler.scale(loss).backward()
     state.scaler.step(optimizer)
