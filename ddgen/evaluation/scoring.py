@@ -34,13 +34,14 @@ class Scores:
     confusion: tuple[tuple[int, ...], ...] | None
 
 
-def scored_epochs(epochs: int, num_images: int, num_test: int) -> list[int]:
+def scored_epochs(epochs: int, num_images: int, num_test: int, scorings: int | None = None) -> list[int]:
     """Returns after which epochs, counted from 1, the student is scored: evenly spaced, the last among them.
 
-    Ten of them, or fewer where scoring would take longer than a part of training; never fewer than four.
+    Ten of them, or fewer where scoring would take longer than a part of training; never fewer than four, unless
+    `scorings` says how many.
     """
     affordable = epochs * num_images // (2 * num_test)
-    count = min(epochs, max(MIN_SCORINGS, min(MAX_SCORINGS, affordable)))
+    count = min(epochs, scorings or max(MIN_SCORINGS, min(MAX_SCORINGS, affordable)))
     return [epochs * (i + 1) // count for i in range(count)]
 
 

@@ -71,6 +71,7 @@ class Job:
         seed: Of initial weights, order and augmentation.
         epochs: Instead of the protocol's.
         look: Normalisation, and whether images may be mirrored.
+        scorings: How often it is scored, evenly, the last epoch among them. Default: as often as costs little.
     """
 
     network: str
@@ -85,6 +86,7 @@ class Job:
     seed: int
     epochs: int | None = None
     look: Look = IMAGENET_LOOK
+    scorings: int | None = None
 
     @property
     def num_epochs(self) -> int:
@@ -142,7 +144,7 @@ def train_student(job: Job, on_epoch: Callable[[int, float | None], None] | None
         UserError: Labels that the recipe needs and nobody has, or a loss that is not finite.
     """
     job = with_labels(job)
-    scored = set(scored_epochs(job.num_epochs, len(job.images), len(job.test)))
+    scored = set(scored_epochs(job.num_epochs, len(job.images), len(job.test), job.scorings))
     curve: list[tuple[int, float]] = []
     train_seconds = 0.0
     started = time.perf_counter()
