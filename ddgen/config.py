@@ -451,11 +451,10 @@ class EvaluateConfig:
     """Recipes to train students with: rded, hard, eccv2024-track1, eccv2024-track2, strong, fixed-soft, stored (the
     views that `ddgen label` stores), one of these with -plain (no augmentation), or a YAML file
     (configs/protocols/example.yaml)."""
-    baselines: tuple[Literal["random-generated", "random-real", "herding", "k-center"], ...] = (
-        "random-generated", "random-real",
-    )  # fmt: skip
-    """What the distilled images are compared with, as many of every class; herding and k-center choose real images by
-    the first observer's features."""
+    baselines: tuple[Literal["random-generated", "random-real", "herding", "k-center", "rded-real"], ...] | None = None
+    """What the distilled images are compared with, as many of every class: herding and k-center choose real images by
+    the first observer's features, rded-real distils real images by RDED. Default: random-generated, random-real, and
+    rded-real where there is an observer."""
     with_full: bool = False
     """Also train a student on all real images, 30 epochs at most."""
     repeats: int = 3

@@ -131,7 +131,10 @@ def test_the_three_commands_end_in_a_table(
     out = capsys.readouterr().out
     assert "random generated" in out and "random real" in out and "distilled" in out
     results = json.loads((own_run / "evaluation" / "ipc2" / "results.json").read_text())
-    assert len(results["rows"]) == 6
+    kinds = ["distilled", "random generated", "random real", "rded real"]
+    assert [(row["protocol"], row["images"]) for row in results["rows"]] == [
+        (protocol, images) for protocol in ("rded", "hard") for images in kinds
+    ]
     assert (own_run / "evaluation" / "ipc2" / "accuracy.png").is_file()
     assert "| distilled |" in (own_run / "distilled" / "ipc2" / "README.md").read_text()
     DistilledDataset.load(own_run / "distilled" / "ipc2")

@@ -256,7 +256,7 @@ def test_stored_labels_of_baselines_come_from_the_observer(tmp_path: Path, teach
     ]  # fmt: skip
     with pytest.raises(UserError, match="--protocols fixed-soft: the baselines have no soft labels stored"):
         run(tmp_path, teacher, observers=[], protocols=("fixed-soft",), baselines=("random-real",))
-    with pytest.raises(UserError, match="--baselines herding: it works on features of an observer"):
+    with pytest.raises(UserError, match="--baselines herding: an observer chooses its images; give --observer"):
         run(tmp_path, teacher, observers=[], protocols=("hard",), baselines=("herding",))
 
 

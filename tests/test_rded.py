@@ -15,21 +15,24 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as tv
 
 from ddgen import cli
-from ddgen.config import Selection
+from ddgen.config import DataConfig, Selection
 from ddgen.data import ImageDataset
+from ddgen.data.load import load_dataset
 from ddgen.distill.compose import cell_edges, compose
 from ddgen.distill.dataset import DistilledDataset
 from ddgen.distill.rded import RankedCrops, crop, draw_boxes, pad_to, plan_crops, rank_class
 from ddgen.distill.select import select_random
 from ddgen.errors import UserError
 from ddgen.evaluation.augment import shuffle_patches
+from ddgen.evaluation.baselines import rded_real
 from ddgen.evaluation.evaluate import Request
 from ddgen.evaluation.evaluate import evaluate as evaluate_students
+from ddgen.evaluation.sources import Source, baseline_sources
 from ddgen.evaluation.students import Job, StudentResult, train_student
 from ddgen.observer.networks import Classifier
 from ddgen.observer.observer import Observer, predict_both, predict_pixels, to_images01
 from ddgen.observer.realism import REAL_IMAGES, real_class_scores, realism_scores
-from ddgen.seeds import numpy_generator
+from ddgen.seeds import derive, numpy_generator
 
 CPU = torch.device("cpu")
 NAMES = ("a", "b", "c")
@@ -344,6 +347,32 @@ def test_evaluation_trains_grids_as_grids(tmp_path: Path, monkeypatch: pytest.Mo
     assert factors == [1, 1, 2]
 
 
+def test_the_baseline_is_drawn_anew_for_every_student_and_once_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, labels = dataset(), torch.tensor([0, 0, 1, 1, 1, 2])
+    judged = DistilledDataset(
+        pixels=noise(6), labels=labels, soft_labels=torch.full((6, 3), 1 / 3).half(), realism=torch.ones(6),
+        seeds=torch.zeros(6, dtype=torch.int64), indices=torch.arange(6), class_names=NAMES, provenance={"factor": 2},
+    )  # fmt: skip
+
+    def source() -> Source:
+        (found,) = baseline_sources(
+            ["rded-real"], judged, None, data, observer(), seed=3, device=CPU, precision="no", cache_dir=tmp_path,
+            progress=False,
+        )  # fmt: skip
+        return found
+
+    drawn = [source().draw(repeat) for repeat in (0, 1)]
+    assert source().name == "rded real" and not torch.equal(drawn[0].pixels, drawn[1].pixels)
+    for repeat, images in enumerate(drawn):
+        assert images.labels.tolist() == labels.tolist() and images.factor == 2
+        ranked = rank(data, 1, ipc=3, factor=2, seed=derive(3, "repeat", repeat))
+        assert torch.equal(images.pixels[2:5], compose(ranked.patches[ranked.kept], 2, 16))
+    monkeypatch.setattr("ddgen.evaluation.sources.rded_real", lambda *args, **settings: pytest.fail("ranked again"))
+    assert all(torch.equal(source().draw(repeat).pixels, drawn[repeat].pixels) for repeat in (0, 1))
+
+
 # --- the command
 
 
@@ -390,7 +419,18 @@ def test_the_command_writes_a_dataset_that_evaluate_reads(
     forget_accelerator()
     evaluate = ["--distilled_dir", str(tmp_path / "two"), "--observer", digits_observer, "--epochs", "1"]
     assert cli.main(["evaluate", *DIGITS, *evaluate, "--repeats", "1", "--output_dir", str(tmp_path / "scores")]) == 0
-    assert "distilled" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "distilled" in out and "rded real" in out
+
+
+def test_the_baseline_is_what_the_command_makes(digits_observer: str, tmp_path: Path) -> None:
+    assert run(digits_observer, tmp_path / "two", "--ipc", "3", "--factor", "2", "--mipc", "300", "--seed", "5") == 0
+    distilled, known = DistilledDataset.load(tmp_path / "two"), Observer.load(digits_observer)
+    data = load_dataset(DataConfig(dataset="digits", image_size=16, num_classes=3), "train")
+    pixels, labels = rded_real(data, [3, 3, 3], 2, known, 5, device=CPU, precision="no", progress=False)
+    assert torch.equal(pixels, distilled.pixels) and torch.equal(labels, distilled.labels)
+    uneven, labels = rded_real(data, [3, 0, 1], 2, known, 5, device=CPU, precision="no", progress=False)
+    assert torch.equal(uneven[:3], pixels[:3]) and labels.tolist() == [0, 0, 0, 2]
 
 
 def test_the_same_command_gives_the_same_bytes_and_another_rule_others(

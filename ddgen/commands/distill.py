@@ -22,7 +22,6 @@ from ddgen.commands.runs import (
 )
 from ddgen.config import DistillConfig
 from ddgen.data import ImageDataset
-from ddgen.distill.compose import compose
 from ddgen.distill.dataset import DistilledDataset
 from ddgen.distill.rded import CropPlan, plan_crops, rank_class
 from ddgen.distill.relabel import soft_labels
@@ -156,7 +155,7 @@ def _keep(
             device=device,
             precision=precision,
         )
-        pixels = compose(ranked.patches[ranked.kept], config.factor, dataset.image_size)
+        pixels = ranked.images(config.factor, dataset.image_size)
         numbers = ranked.candidates.numbers[ranked.kept[: config.ipc]]
         kept.append(_Kept(pixels, numbers, report_class(ranked.candidates, ranked.kept)))
     return kept

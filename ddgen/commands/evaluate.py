@@ -66,7 +66,8 @@ def evaluate(config: EvaluateConfig) -> int:
     print(f"evaluating {source} on the {len(test_images):,} test images of {test_images.name}")
     ours = isinstance(rounds[0], DistilledDataset)
     generated = None
-    if "random-generated" in config.baselines:
+    baselines = default_baselines(observers) if config.baselines is None else config.baselines
+    if "random-generated" in baselines:
         generated = _load_random_generated(run_dir if ours else None, distilled_dir)
     with_views = any(recipe.labels == "views" for recipe in recipes)
     results = evaluate_students(
@@ -77,7 +78,7 @@ def evaluate(config: EvaluateConfig) -> int:
             observers=observers,
             students=config.students,
             protocols=config.protocols,
-            baselines=config.baselines,
+            baselines=baselines,
             repeats=config.repeats,
             epochs=config.epochs,
             seed=config.seed,
@@ -173,6 +174,11 @@ def _evaluation_name(config: EvaluateConfig, distilled_dir: Path) -> str:
     if config.distilled_dir is not None and not distilled_dir.exists():
         return config.distilled_dir.replace("/", "--")
     return distilled_dir.resolve().stem if distilled_dir.is_file() else distilled_dir.resolve().name
+
+
+def default_baselines(observers: Sequence[Observer]) -> tuple[str, ...]:
+    """Returns what every report compares with; crops of real images need an observer to rank them."""
+    return ("random-generated", "random-real", *(("rded-real",) if observers else ()))
 
 
 def default_student(observers: Sequence[Observer]) -> str:

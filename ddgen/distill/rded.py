@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ddgen.config import Selection
 from ddgen.data import ImageDataset
+from ddgen.distill.compose import compose
 from ddgen.distill.select import Candidates, select
 from ddgen.errors import UserError
 from ddgen.observer.observer import Observer, predict_both, to_images01
@@ -56,6 +57,10 @@ class RankedCrops:
     patches: Tensor
     candidates: Candidates
     kept: Tensor
+
+    def images(self, factor: int, size: int) -> Tensor:
+        """Stitches the kept crops: uint8 (quota / factor ** 2, 3, size, size); see `compose`."""
+        return compose(self.patches[self.kept], factor, size)
 
 
 def plan_crops(

@@ -7,8 +7,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from ddgen.config import DistillConfig
 from ddgen.data import ImageDataset
+from ddgen.distill.rded import plan_crops, rank_class
 from ddgen.distill.select import herding, k_center
 from ddgen.errors import UserError
 from ddgen.observer.observer import Observer, predict_pixels
@@ -74,6 +77,57 @@ def by_features(
         chosen.append(of_class[BY_FEATURES[method](features, counts[label])].numpy())
     return np.concatenate(chosen)
 
+
+def rded_real(
+    dataset: ImageDataset,
+    ipc: Sequence[int],
+    factor: int,
+    observer: Observer,
+    seed: int,
+    *,
+    device: torch.device,
+    precision: str,
+    progress: bool,
+) -> tuple[Tensor, Tensor]:
+    """Distils the real images by RDED (Sun et al., CVPR 2024), as ``ddgen distill`` does with its defaults.
+
+    Which images are cropped, and where, is drawn by the seed, so that a row's spread holds the draw too.
+
+    Args:
+        dataset: Real training images.
+        ipc: Images of each class; a class whose images need more crops than it has images gives several of each.
+        factor: Each image is a grid of factor x factor crops.
+        observer: Ranks the crops.
+        seed: Of the draw.
+        device: Where to compute.
+        precision: See `ddgen.precision`.
+        progress: Show a bar.
+
+    Returns:
+        Pixels uint8 (n, 3, h, w) class by class, and labels int64 (n,).
+
+    Raises:
+        UserError: A class without images, or logits that are not finite.
+    """
+    found = []
+    members = dataset.indices_by_class()
+    for label, count in enumerate(tqdm(ipc, desc="ranking crops", unit="class", leave=False, disable=not progress)):
+        if count == 0:
+            continue
+        plan = plan_crops(
+            len(members[label]), class_name=dataset.class_names[label], label=label, ipc=count, factor=factor,
+            mipc=max(DistillConfig.mipc, count * factor**2), num_crop=DistillConfig.num_crop, seed=seed,
+        )  # fmt: skip
+        ranked = rank_class(
+            observer, dataset, members[label], label, plan, factor=factor, rule="realism", real=None, seed=seed,
+            device=device, precision=precision,
+        )  # fmt: skip
+        found.append(ranked.images(factor, dataset.image_size))
+    return torch.cat(found), torch.arange(len(ipc)).repeat_interleave(torch.tensor(list(ipc)))
+
+
+BY_OBSERVER = ("herding", "k-center", "rded-real")
+"""Baselines that an observer chooses."""
 
 BY_FEATURES: dict[str, Callable[[Tensor, int], Tensor]] = {
     "herding": lambda features, count: herding(features, features, count),

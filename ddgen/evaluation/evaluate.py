@@ -17,7 +17,7 @@ from ddgen.distill.dataset import DistilledDataset
 from ddgen.distill.foreign_dataset import ForeignDataset
 from ddgen.distill.views import StoredViews
 from ddgen.errors import UserError
-from ddgen.evaluation.baselines import BY_FEATURES
+from ddgen.evaluation.baselines import BY_OBSERVER
 from ddgen.evaluation.batches import Look, TrainingImages
 from ddgen.evaluation.cells import Cell, Setting, Teacher, run_cell
 from ddgen.evaluation.figure import draw_accuracy
@@ -30,8 +30,8 @@ from ddgen.evaluation.sources import (
     baseline_sources,
     distilled_source,
     full_source,
+    labelled,
     png_bytes,
-    with_soft_labels,
 )
 from ddgen.evaluation.students import IMAGENET_LOOK, StudentResult, check_views
 from ddgen.observer.networks import build_network
@@ -162,7 +162,7 @@ def _sources(request: Request) -> list[Source]:
     baselines = baseline_sources(
         request.baselines, request.rounds[0], request.random_generated, request.train, observer,
         seed=request.seed, device=request.device, precision=request.precision,
-        cache_dir=request.output_dir / "baselines",
+        cache_dir=request.output_dir / "baselines", progress=request.progress,
     )  # fmt: skip
     full = [full_source(request.train)] if request.with_full else []
     return [distilled_source(request.rounds, request.views), *baselines, *full]
@@ -219,8 +219,8 @@ def _check_teachers(request: Request, recipes: Sequence[Protocol]) -> None:
         if recipe.labels == "stored" and (request.baselines or request.with_full):
             raise UserError(f"--protocols {recipe.name}: the baselines have no soft labels stored; give --observer")
     for name in request.baselines:
-        if name in BY_FEATURES:
-            raise UserError(f"--baselines {name}: it works on features of an observer; give --observer")
+        if name in BY_OBSERVER:
+            raise UserError(f"--baselines {name}: an observer chooses its images; give --observer")
 
 
 def _check_sizes(request: Request) -> None:
@@ -307,27 +307,13 @@ def _row(
                 if accuracy is not None:
                     bar.set_postfix_str(f"student {repeat + 1}/{repeats} at {100 * accuracy:.1f}")
 
-            images = _labelled(source.draw(repeat), recipe, teachers, setting)
+            images = labelled(source.draw(repeat), recipe, teachers, setting)
             cell = Cell(source.name, images, source.content, recipe, student, online, source.ipc, epochs, repeat)
             result, there = run_cell(cell, setting, on_epoch)
             bar.update(result.epochs if there else 0)
             results.append(result)
             bar.set_postfix_str(f"last epoch {' '.join(f'{100 * r.accuracy_last:.1f}' for r in results)}")
     return _summary(source.name, recipe, student, teacher, results, image_bytes, _label_bytes(images, recipe, online))
-
-
-def _labelled(
-    images: TrainingImages, recipe: Protocol, teachers: Sequence[Teacher], setting: Setting
-) -> TrainingImages:
-    """Gives images the labels that the recipe stores, and no others."""
-    images = replace(
-        images,
-        soft_labels=images.soft_labels if recipe.labels == "stored" else None,
-        views=images.views if recipe.labels == "views" else None,
-    )
-    if recipe.labels != "stored" or images.soft_labels is not None:
-        return images
-    return with_soft_labels(images, teachers[0].observer, device=setting.device, precision=setting.precision)
 
 
 def _summary(

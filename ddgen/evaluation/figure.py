@@ -18,7 +18,7 @@ _COLOURS = {
     "random real": "#a3a7ae",
     "herding": "#c9a66b",
     "k-center": "#8a6d3b",
-    "RDED real": "#b58db6",
+    "rded real": "#b58db6",
     FULL_REAL: "#4d535b",
 }
 _INK, _FAINT = "#24292f", "#d9dce0"

@@ -218,6 +218,8 @@ def _notes(results: Results) -> list[str]:
         notes.append("One student is trained on all real images.")
     if results.repeats > 1 and any(row.images == "random real" for row in results.rows):
         notes.append("Random real images are drawn anew for every student.")
+    if any(row.images == "rded real" for row in results.rows):
+        notes.append("rded real: crops of real images by RDED, with the first observer, drawn anew for every student.")
     return notes
 
 

@@ -6,7 +6,7 @@ import statistics
 from dataclasses import dataclass
 
 FULL_REAL = "full real"
-IMAGE_SOURCES = ("distilled", "random generated", "random real", "herding", "k-center", "RDED real", FULL_REAL)
+IMAGE_SOURCES = ("distilled", "random generated", "random real", "herding", "k-center", "rded real", FULL_REAL)
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save
 from torch import Tensor
 
-from ddgen.checkpoint import read_json, write_json
+from ddgen.checkpoint import read_json, write_bytes, write_json
+from ddgen.config import DistillConfig
 from ddgen.data import ImageDataset
 from ddgen.distill.dataset import DistilledDataset, encode_png
 from ddgen.distill.foreign_dataset import ForeignDataset
 from ddgen.distill.views import StoredViews
-from ddgen.evaluation.baselines import BY_FEATURES, by_features, random_real
+from ddgen.evaluation.baselines import BY_FEATURES, by_features, random_real, rded_real
 from ddgen.evaluation.batches import TrainingImages
-from ddgen.evaluation.cells import digest
+from ddgen.evaluation.cells import Setting, Teacher, digest
+from ddgen.evaluation.protocols import Protocol
 from ddgen.evaluation.rows import FULL_REAL
 from ddgen.observer.observer import Observer, predict_pixels
 from ddgen.seeds import derive
@@ -76,6 +79,7 @@ def baseline_sources(
     device: torch.device,
     precision: str,
     cache_dir: Path,
+    progress: bool,
 ) -> list[Source]:
     """Returns the baselines, each with as many images of every class as the distilled dataset.
 
@@ -84,11 +88,12 @@ def baseline_sources(
         distilled: The dataset to judge.
         random_generated: Generated images that nobody selected, or None where there are none.
         train: Real training images.
-        observer: In whose features herding and k-center work.
+        observer: In whose features herding and k-center work, and by which RDED ranks crops.
         seed: Of random draws.
         device: Where features are computed.
         precision: Autocast precision.
-        cache_dir: Where it is kept what herding and k-center chose.
+        cache_dir: Where it is kept what the observer chose.
+        progress: Show a bar while RDED ranks crops.
 
     Raises:
         UserError: A class of the real images is too small.
@@ -111,6 +116,10 @@ def baseline_sources(
             chosen = _chosen(name, train, counts, observer, device, precision, cache_dir)
             images = TrainingImages(train.pixels[chosen].clone(), train.labels[chosen].clone())
             found.append(Source(name, lambda repeat, images=images: images, ipc))  # type: ignore[misc]
+    if "rded-real" in names:
+        assert observer is not None
+        drawn = _DrawnRded(train, counts, distilled.factor, observer, seed, device, precision, cache_dir, progress)
+        found.append(Source("rded real", drawn, ipc))
     return found
 
 
@@ -121,11 +130,23 @@ def full_source(train: ImageDataset) -> Source:
     return Source(FULL_REAL, lambda repeat: images, ipc, train.fingerprint, repeats=1, epochs=FULL_EPOCHS)
 
 
-def with_soft_labels(
-    images: TrainingImages, observer: Observer, *, device: torch.device, precision: str
-) -> TrainingImages:
-    """Gives images the observer's probabilities, as sample.py gives them to the kept ones at temperature 1."""
-    logits = predict_pixels(observer, images.pixels, what="logits", batch_size=256, device=device, precision=precision)
+def labelled(images: TrainingImages, recipe: Protocol, teachers: Sequence[Teacher], setting: Setting) -> TrainingImages:
+    """Gives images the labels that the recipe stores, and no others.
+
+    Images without stored soft labels get the first observer's probabilities, as sample.py gives them to the kept ones
+    at temperature 1.
+    """
+    images = replace(
+        images,
+        soft_labels=images.soft_labels if recipe.labels == "stored" else None,
+        views=images.views if recipe.labels == "views" else None,
+    )
+    if recipe.labels != "stored" or images.soft_labels is not None:
+        return images
+    logits = predict_pixels(
+        teachers[0].observer, images.pixels, what="logits", batch_size=256, device=setting.device,
+        precision=setting.precision,
+    )  # fmt: skip
     return replace(images, soft_labels=torch.softmax(logits.double(), dim=1).half())
 
 
@@ -137,6 +158,40 @@ def png_bytes(pixels: Tensor) -> int:
     step = max(1, len(pixels) // _MEASURED_IMAGES)
     measured = pixels[::step]
     return round(sum(len(encode_png(image)) for image in measured) * len(pixels) / len(measured))
+
+
+@dataclass(frozen=True)
+class _DrawnRded:
+    """RDED on real images, drawn anew for every student: repeat -> images.
+
+    Ranking 1,500 crops of every class costs a part of what a student costs, so each repeat is a distillation of its
+    own, as each of random real is a draw of its own. The pixels are kept: grids of crops are no images that could be
+    looked up, and all recipes and students take the same ones.
+    """
+
+    train: ImageDataset
+    counts: list[int]
+    factor: int
+    observer: Observer
+    seed: int
+    device: torch.device
+    precision: str
+    cache_dir: Path
+    progress: bool
+
+    def __call__(self, repeat: int) -> TrainingImages:
+        train, observer, seed = self.train, self.observer, derive(self.seed, "repeat", repeat)
+        key = [CHOICE_FORMAT, "rded-real", train.fingerprint, observer.fingerprint, self.counts, self.factor, seed,
+               DistillConfig.mipc, DistillConfig.num_crop, self.precision, self.device.type]  # fmt: skip
+        path = self.cache_dir / f"rded-real-{digest(json.dumps(key).encode())}.safetensors"
+        if not path.is_file():
+            pixels, labels = rded_real(
+                train, self.counts, self.factor, observer, seed, device=self.device, precision=self.precision,
+                progress=self.progress,
+            )  # fmt: skip
+            write_bytes(path, save({"pixels": pixels, "labels": labels}))
+        kept = load_file(path)
+        return TrainingImages(kept["pixels"], kept["labels"], factor=self.factor)
 
 
 def _chosen(
