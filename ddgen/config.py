@@ -457,6 +457,15 @@ class EvaluateConfig:
     rded-real where there is an observer."""
     with_full: bool = False
     """Also train a student on all real images, 30 epochs at most."""
+    with_ranking: bool = False
+    """Also say whether the images are good for choosing models: train candidates on every set and on all real images,
+    by the first protocol, and compare the orders by rank correlation."""
+    rank_models: tuple[str, ...] | None = None
+    """Networks of these candidates, named as students are. Default: four ConvNets of two depths and three widths."""
+    rank_lr_factors: tuple[float, ...] = (0.1, 1.0, 10.0)
+    """Learning rates of these candidates, as multiples of the protocol's, with each network."""
+    rank_epochs: int = 5
+    """Epochs of these candidates on all real images, at most the protocol's."""
     repeats: int = 3
     """Students per row, each with its own seed."""
     epochs: int | None = None
@@ -555,7 +564,7 @@ RANGES: dict[str, tuple[float, float]] = {
         "fid_num_inference_steps", "log_every", "num_inference_steps", "observer_epochs", "observer_batch_size",
         "observer_input_size", "checkpointing_steps", "checkpoints_total_limit", "candidates_per_image",
         "sample_batch_size", "repeats", "epochs", "factor", "mipc", "num_crop", "observer_keep_epochs",
-        "teacher_epoch", "views", "keep_every", "top_k", "label_batch_size",
+        "teacher_epoch", "views", "keep_every", "top_k", "label_batch_size", "rank_epochs",
     )},
     **{name: (0, math.inf) for name in (
         "vae_train_steps", "vae_kl_weight", "vae_perceptual_weight", "vae_equivariance_weight",
@@ -564,7 +573,7 @@ RANGES: dict[str, tuple[float, float]] = {
     )},
     **{name: (1e-12, math.inf) for name in (
         "vae_learning_rate", "learning_rate", "max_grad_norm", "observer_learning_rate", "logit_std", "snr_gamma",
-        "flow_shift", "soft_label_temperature", "budget_seconds",
+        "flow_shift", "soft_label_temperature", "budget_seconds", "rank_lr_factors",
     )},
     **{name: (0, 1) for name in (
         "unet_dropout", "class_dropout", "lr_decay_fraction", "guidance_interval", "eta", "observer_label_smoothing",

@@ -32,6 +32,7 @@ from ddgen.evaluation.page import write_page_of
 from ddgen.evaluation.page_neighbours import NEIGHBOURS_NAME, save_neighbours
 from ddgen.evaluation.page_run import PROVENANCE_NAME
 from ddgen.evaluation.protocol_files import get_protocol
+from ddgen.evaluation.ranking import RankingPlan
 from ddgen.evaluation.report import format_table
 from ddgen.memory import keep_freed_memory
 from ddgen.observer.observer import Observer
@@ -42,6 +43,7 @@ def evaluate(config: EvaluateConfig) -> int:
     run_dir, distilled_dir = which_dataset(config.run_dir, config.ipc, config.distilled_dir)
     source = config.distilled_dir or str(distilled_dir)
     check_source(source) if config.distilled_dir is not None else read_manifest(distilled_dir)
+    ranking = _ranking(config)
     output_dir = _evaluation_dir(config, run_dir, distilled_dir)
     accelerator, precision = start_accelerator(config.mixed_precision)
     if accelerator.num_processes > 1:
@@ -88,6 +90,7 @@ def evaluate(config: EvaluateConfig) -> int:
             random_generated=(generated["pixels"], generated["labels"]) if generated else None,
             views=[StoredViews.load(Path(path)) for path in (source, *config.rounds)] if with_views else (),
             with_full=config.with_full,
+            ranking=ranking,
             default_student=default_student(observers),
             flip=data.may_flip,
         )
@@ -105,6 +108,15 @@ def evaluate(config: EvaluateConfig) -> int:
     print(f"report:            {page}")
     print(f"distilled dataset: {source}")
     return 0
+
+
+def _ranking(config: EvaluateConfig) -> RankingPlan | None:
+    if config.with_ranking:
+        return RankingPlan(config.rank_models, config.rank_lr_factors, config.rank_epochs)
+    for name in ("rank_models", "rank_lr_factors", "rank_epochs"):
+        if getattr(config, name) != getattr(EvaluateConfig, name):
+            raise UserError(f"--{name}: nothing is ranked without --with_ranking")
+    return None
 
 
 def _read_round(path: str, train_images: ImageDataset) -> DistilledDataset | ForeignDataset:

@@ -102,30 +102,41 @@ def run_cell(cell: Cell, setting: Setting, on_epoch: Callable[[int, float | None
         The result, and whether it was there already.
     """
     key = _key(cell, setting)
-    path = setting.cells_dir / f"{digest(json.dumps(key, sort_keys=True).encode())}.json"
+    path = _path(key, setting)
     done = _read(path)
     if done is not None:
         return done, True
-    result = train_student(
-        Job(
-            network=cell.student,
-            protocol=cell.protocol,
-            images=cell.images,
-            num_classes=setting.num_classes,
-            ipc=cell.ipc,
-            test=setting.test,
-            teachers=tuple(teacher.observer for teacher in cell.teachers),
-            device=setting.device,
-            precision=setting.precision,
-            seed=derive(setting.seed, "repeat", cell.repeat),
-            epochs=cell.epochs,
-            look=setting.looks[cell.protocol.normalization],
-        ),
-        on_epoch,
-    )
+    result = train_student(job_of(cell, setting), on_epoch)
     stored = {"key": key, "images": cell.source, "result": dataclasses.asdict(result)}
     write_bytes(path, json.dumps(stored, allow_nan=False).encode())
     return result, False
+
+
+def is_done(cell: Cell, setting: Setting) -> bool:
+    """Whether the number of a cell is there already."""
+    return _path(_key(cell, setting), setting).exists()
+
+
+def job_of(cell: Cell, setting: Setting) -> Job:
+    """Returns what a cell trains."""
+    return Job(
+        network=cell.student,
+        protocol=cell.protocol,
+        images=cell.images,
+        num_classes=setting.num_classes,
+        ipc=cell.ipc,
+        test=setting.test,
+        teachers=tuple(teacher.observer for teacher in cell.teachers),
+        device=setting.device,
+        precision=setting.precision,
+        seed=derive(setting.seed, "repeat", cell.repeat),
+        epochs=cell.epochs,
+        look=setting.looks[cell.protocol.normalization],
+    )
+
+
+def _path(key: dict[str, Any], setting: Setting) -> Path:
+    return setting.cells_dir / f"{digest(json.dumps(key, sort_keys=True).encode())}.json"
 
 
 def _key(cell: Cell, setting: Setting) -> dict[str, Any]:

@@ -23,14 +23,16 @@ from ddgen.evaluation.cells import Cell, Setting, Teacher, run_cell
 from ddgen.evaluation.figure import draw_accuracy
 from ddgen.evaluation.protocol_files import get_protocol
 from ddgen.evaluation.protocols import Protocol
+from ddgen.evaluation.ranking import Contest, RankingPlan, announce, check_plan, rank
 from ddgen.evaluation.report import Results, write_results
-from ddgen.evaluation.rows import Row
+from ddgen.evaluation.rows import FULL_REAL, Row
 from ddgen.evaluation.sources import (
     Source,
     baseline_sources,
     distilled_source,
     full_source,
     labelled,
+    num_epochs,
     png_bytes,
 )
 from ddgen.evaluation.students import IMAGENET_LOOK, StudentResult, check_views
@@ -68,6 +70,7 @@ class Request:
         random_generated: Generated images that nobody selected: pixels uint8 (n, 3, s, s), labels (n,).
         views: Stored views of each round, for recipes that train on those; they judge the distilled images only.
         with_full: Add students on all real images.
+        ranking: Candidates to order by every set and by all real images, under the first protocol; None for none.
         default_student: Where neither `students` nor the recipe says.
         flip: Mirror training images, as the recipes do; false where a mirror image is another class.
         progress: Show a bar per row.
@@ -89,6 +92,7 @@ class Request:
     random_generated: tuple[Tensor, Tensor] | None = None
     views: Sequence[StoredViews] = ()
     with_full: bool = False
+    ranking: RankingPlan | None = None
     default_student: str = "convnet3"
     flip: bool = True
     progress: bool = True
@@ -120,6 +124,9 @@ def evaluate(request: Request) -> Results:
     )  # fmt: skip
     teachers = _teachers(request)
     sources = _sources(request)
+    contest = _contest(request, recipes[0], sources, teachers, setting)
+    if contest is not None:
+        print(announce(contest))
     image_bytes = {source.name: png_bytes(source.draw(0).pixels) for source in sources}
     rows = [
         _row(source, recipe, student, online, teachers, setting, image_bytes[source.name])
@@ -144,6 +151,7 @@ def evaluate(request: Request) -> Results:
         recipes=tuple(recipes),
         precision=request.precision,
         device=request.device.type,
+        ranking=None if contest is None else rank(contest),
     )
     write_results(results, request.output_dir / "results.json")
     draw_accuracy(results, request.output_dir / "accuracy.png")
@@ -166,6 +174,23 @@ def _sources(request: Request) -> list[Source]:
     )  # fmt: skip
     full = [full_source(request.train)] if request.with_full else []
     return [distilled_source(request.rounds, request.views), *baselines, *full]
+
+
+def _contest(
+    request: Request,
+    recipe: Protocol,
+    sources: Sequence[Source],
+    teachers: Sequence[Teacher],
+    setting: Setting,
+) -> Contest | None:
+    """Returns what is to be ranked, if anything: by every set of the report, and by all real images in few epochs."""
+    plan = request.ranking
+    if plan is None:
+        return None
+    sets = [source for source in sources if source.name != FULL_REAL]
+    real = replace(full_source(request.train), epochs=plan.real_epochs)
+    candidates = plan.candidates(request.test.image_size)
+    return Contest(candidates, (*sets, real), recipe, _online(recipe, teachers)[0], teachers, setting)
 
 
 def _looks(request: Request, recipes: Sequence[Protocol]) -> dict[str, Look]:
@@ -205,6 +230,8 @@ def _check(request: Request, recipes: Sequence[Protocol], pairs: Sequence[tuple[
     _check_sizes(request)
     for student, recipe in pairs:
         build_network(student, len(names), request.test.image_size, norm=recipe.norm, setting="--students")
+    if request.ranking is not None:
+        check_plan(request.ranking, recipes[0], len(names), request.test.image_size)
     for dataset in request.rounds:
         _check_counts(dataset, recipes)
     _check_stored(request, recipes)
@@ -216,7 +243,8 @@ def _check_teachers(request: Request, recipes: Sequence[Protocol]) -> None:
     for recipe in recipes:
         if recipe.labels == "soft":
             raise UserError(f"--protocols {recipe.name}: soft labels need a teacher; give --observer")
-        if recipe.labels == "stored" and (request.baselines or request.with_full):
+        with_real = request.baselines or request.with_full or (request.ranking and recipe is recipes[0])
+        if recipe.labels == "stored" and with_real:
             raise UserError(f"--protocols {recipe.name}: the baselines have no soft labels stored; give --observer")
     for name in request.baselines:
         if name in BY_OBSERVER:
@@ -287,8 +315,7 @@ def _row(
     setting: Setting,
     image_bytes: int,
 ) -> Row:
-    epochs = setting.epochs or recipe.epochs(source.ipc, dataset=setting.test.name, network=student)
-    epochs = min(epochs, source.epochs or epochs)
+    epochs = num_epochs(source, recipe, student, setting)
     repeats = min(setting.repeats, source.repeats or setting.repeats)
     teacher = " + ".join(t.name for t in online) or None
     results: list[StudentResult] = []

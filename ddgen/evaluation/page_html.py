@@ -76,6 +76,9 @@ figure { margin: 1rem 0 1.5rem; }
 figure > img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: 2px; }
 figcaption { max-width: 44rem; margin-top: .45rem; }
 figure.curve > svg { display: block; width: 100%; max-width: 36rem; height: auto; color: var(--ink); }
+figure.panels > div { display: grid; gap: .5rem 1.25rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(15rem, 100%), 1fr)); }
+figure.panels svg { display: block; width: 100%; height: auto; color: var(--ink); }
 .key { white-space: nowrap; margin-right: .9rem; }
 .key svg { vertical-align: middle; margin-right: .35rem; }
 .images { list-style: none; margin: .2rem 0 .2rem; padding: 0; display: grid; gap: .5rem;

@@ -141,7 +141,11 @@ def curve(metric: str, averages: Series, lowest: str) -> str:
     values = [y for points in averages.values() for _, y in points]
     steps = [x for points in averages.values() for x, _ in points]
     log = min(values) > 0 and max(values) / min(values) > 10
-    ticks = _log_ticks(min(values), max(values)) if log else _ticks(0 if min(values) >= 0 else min(values), max(values))
+    ticks = (
+        _log_ticks(min(values), max(values))
+        if log
+        else round_ticks(0 if min(values) >= 0 else min(values), max(values))
+    )
     low, high = (min(*ticks, *values), max(*ticks, *values))
 
     def place(x: float, y: float) -> tuple[float, float]:
@@ -150,7 +154,7 @@ def curve(metric: str, averages: Series, lowest: str) -> str:
         return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
 
     parts = [_grid_line(place(0, tick)[1], tick) for tick in ticks]
-    parts += [_step_label(place(step, low)[0], step) for step in _ticks(0, max(steps)) if step <= max(steps)]
+    parts += [_step_label(place(step, low)[0], step) for step in round_ticks(0, max(steps)) if step <= max(steps)]
     for index, points in enumerate(averages.values()):
         parts.append(_line([place(*point) for point in points], index))
     first, last = next(iter(averages.values()))[0], next(iter(averages.values()))[-1]
@@ -192,7 +196,7 @@ def evenly(count: int, most: int) -> list[int]:
     return [round(i * (count - 1) / (most - 1)) for i in range(most)]
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def round_ticks(low: float, high: float) -> list[float]:
     """Returns about four round numbers from `low` to just above `high`."""
     span = (high - low) or abs(high) or 1.0
     rough = span / 4

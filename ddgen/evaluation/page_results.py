@@ -7,6 +7,7 @@ from typing import Any
 
 from ddgen.errors import UserError
 from ddgen.evaluation.page_html import Cell, esc, number, paragraph, table, text
+from ddgen.evaluation.page_ranking import ranking_parts
 from ddgen.evaluation.page_run import EvaluatedSet
 from ddgen.evaluation.protocol_files import get_protocol
 from ddgen.evaluation.report import format_bytes
@@ -21,7 +22,7 @@ KNOWN = {
 TOLD = {
     "dataset", "num_classes", "num_test", "image_size", "ipc", "num_images", "repeats", "seed", "epochs_override",
     "flip", "teacher", "teacher_accuracy", "teachers", "protocols", "precision", "device", "score", "rows",
-    "cross_architecture", "dd_ranking",
+    "cross_architecture", "dd_ranking", "ranking",
 }  # fmt: skip
 
 Row = Mapping[str, Any]
@@ -41,6 +42,7 @@ def result_parts(shown: EvaluatedSet) -> list[str]:
         _notes(results, shown),
         *crossed,
         _records(robust, results.get("dd_ranking") or ()),
+        *ranking_parts(results.get("ranking")),
         _other_measures(results),
         "<details><summary>Every student: scores, bytes and seconds</summary>\n"
         + _every_student(results)

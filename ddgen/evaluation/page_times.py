@@ -28,6 +28,9 @@ def time_rows(run: RunRecord) -> list[TimeRow]:
         students = [row["seconds"] for row in shown.results.get("rows", ()) if _is_seconds(row.get("seconds"))]
         if students:
             rows.append((f"{shown.name}: students", readable(sum(students)), "results.json"))
+        ranking = (shown.results.get("ranking") or {}).get("seconds")
+        if isinstance(ranking, float):
+            rows.append((f"{shown.name}: students of the ranking", readable(ranking), "results.json"))
     return rows
 
 

@@ -149,6 +149,20 @@ class Protocol:
                 return special.learning_rate
         return dict(self.learning_rates).get(network.removeprefix("torchvision:"), self.learning_rate)
 
+    def times_learning_rate(self, factor: float) -> Protocol:
+        """Returns the recipe with every learning rate multiplied; itself for 1."""
+        if factor == 1:
+            return self
+        return replace(
+            self,
+            learning_rate=factor * self.learning_rate,
+            learning_rates=tuple((network, factor * rate) for network, rate in self.learning_rates),
+            specials=tuple(
+                replace(special, learning_rate=special.learning_rate and factor * special.learning_rate)
+                for special in self.specials
+            ),
+        )
+
     def learning_rate_at(self, epoch: int, epochs: int, peak: float) -> float:
         """Returns the learning rate of an epoch, counted from 0.
 

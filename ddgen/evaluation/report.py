@@ -14,6 +14,7 @@ from ddgen.checkpoint import write_bytes
 from ddgen.evaluation.measures import CrossTable, Robustness, cross_architecture, dd_ranking
 from ddgen.evaluation.protocol_files import to_plain
 from ddgen.evaluation.protocols import Protocol
+from ddgen.evaluation.rank_correlation import CONFIDENCE, Correlation, Ranking
 from ddgen.evaluation.rows import FULL_REAL, Row
 
 
@@ -37,6 +38,7 @@ class Results:
         recipes: The protocols.
         precision: Autocast precision.
         device: Kind of device.
+        ranking: How the sets order candidates, where that was asked for.
     """
 
     rows: tuple[Row, ...]
@@ -54,6 +56,7 @@ class Results:
     recipes: tuple[Protocol, ...]
     precision: str
     device: str
+    ranking: Ranking | None = None
 
     def recipe(self, name: str) -> Protocol:
         """Returns the protocol of a row."""
@@ -61,7 +64,7 @@ class Results:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values for JSON: fractions, bytes and seconds."""
-        own = ("rows", "teachers", "recipes")
+        own = ("rows", "teachers", "recipes", "ranking")
         plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in own}
         plain["score"] = "top-1 fraction on the real test images after the last epoch"
         plain["teachers"] = dict(self.teachers)
@@ -78,6 +81,8 @@ class Results:
         ]
         plain["cross_architecture"] = [table.to_dict() for table in cross_architecture(self.rows)]
         plain["dd_ranking"] = [dataclasses.asdict(score) for score in dd_ranking(self.rows, self.recipes)]
+        if self.ranking is not None:
+            plain["ranking"] = {"confidence": CONFIDENCE, **dataclasses.asdict(self.ranking)}
         return plain
 
 
@@ -123,6 +128,7 @@ def format_table(results: Results) -> str:
     blocks += [_cross_lines(table) for table in cross_architecture(results.rows)]
     scores = [s for s in dd_ranking(results.rows, results.recipes) if s.lrs is not None or s.ars is not None]
     blocks += [_robustness_lines(scores)] if scores else []
+    blocks += [_ranking_lines(results.ranking)] if results.ranking is not None else []
     return "\n".join("\n".join(block) + "\n" for block in blocks) + "\n" + "\n".join(_notes(results))
 
 
@@ -179,6 +185,26 @@ def _robustness_lines(scores: Sequence[Robustness]) -> list[str]:
         lines.append((s.student, s.protocol, s.teacher or "-", *numbers))
     title = "DD-Ranking's scores, of fractions: the lower HLR, the higher the others, the better"
     return [title, *_align(lines, set(), 3)]
+
+
+def _ranking_lines(ranking: Ranking) -> list[str]:
+    lines: list[tuple[str, ...]] = [("images", "epochs", "Spearman", "interval", "Kendall", "interval")]
+    for one in ranking.sets:
+        lines.append((one.images, str(one.epochs), *_correlation(one.spearman), *_correlation(one.kendall)))
+    by = f" by {ranking.teacher}" if ranking.teacher else ""
+    return [
+        f"Rank correlation with {ranking.real_epochs} epochs on all real images, of the test accuracies of "
+        f"{len(ranking.candidates)} candidates",
+        f"{ranking.protocol}{by}, one student each; {CONFIDENCE:.0%} bootstrap interval over the candidates",
+        *_align(lines, set(), 1),
+        *(f"{name}: the loss diverged, which counts as chance" for name in ranking.diverged),
+    ]
+
+
+def _correlation(found: Correlation) -> tuple[str, str]:
+    if found.value is None:
+        return "-", "-"
+    return f"{found.value:.2f}", f"{found.low:.2f} to {found.high:.2f}"
 
 
 def _heading(results: Results) -> list[str]:

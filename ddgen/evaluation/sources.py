@@ -150,6 +150,12 @@ def labelled(images: TrainingImages, recipe: Protocol, teachers: Sequence[Teache
     return replace(images, soft_labels=torch.softmax(logits.double(), dim=1).half())
 
 
+def num_epochs(source: Source, recipe: Protocol, network: str, setting: Setting) -> int:
+    """Returns for how many epochs a network trains on a source."""
+    epochs = setting.epochs or recipe.epochs(source.ipc, dataset=setting.test.name, network=network)
+    return min(epochs, source.epochs or epochs)
+
+
 def png_bytes(pixels: Tensor) -> int:
     """Returns what images uint8 (n, 3, h, w) take as PNG files, one each, written as the distilled folder's are.
 

@@ -26,6 +26,10 @@ from ddgen.seeds import derive
 IMAGENET_LOOK = Look((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
+class Diverged(UserError):
+    """The loss of a student is not finite."""
+
+
 @dataclass(frozen=True)
 class StudentResult:
     """What one student reached.
@@ -141,7 +145,8 @@ def train_student(job: Job, on_epoch: Callable[[int, float | None], None] | None
         on_epoch: Called after every epoch with the epochs done and, when it was scored, the accuracy.
 
     Raises:
-        UserError: Labels that the recipe needs and nobody has, or a loss that is not finite.
+        UserError: Labels that the recipe needs and nobody has.
+        Diverged: A loss that is not finite.
     """
     job = with_labels(job)
     scored = set(scored_epochs(job.num_epochs, len(job.images), len(job.test), job.scorings))
@@ -329,7 +334,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 
 def _check_finite(loss: Tensor, job: Job, epoch: int) -> None:
     if not torch.isfinite(loss):
-        raise UserError(
+        raise Diverged(
             f"--protocols {job.protocol.name}: the loss of student {job.network} is not finite after epoch "
             f"{epoch + 1}; --mixed_precision {job.precision} may be too coarse, try no"
         )

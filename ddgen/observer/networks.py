@@ -149,7 +149,7 @@ def _torchvision(name: str, num_classes: int, image_size: int, setting: str) -> 
 def _transformers(name: str, num_classes: int, image_size: int, setting: str) -> nn.Module:
     """Builds a transformers image classifier from its config alone, for the images and classes at hand."""
     source = name.removeprefix("transformers:")
-    if setting != "--students":
+    if setting not in ("--students", "--rank_models"):
         raise UserError(f"{setting} {name}: only students are built from a config; give a trained one with --observer")
     from transformers import AutoConfig, AutoModelForImageClassification
 
