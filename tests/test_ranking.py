@@ -215,6 +215,8 @@ def test_the_page_draws_a_point_per_candidate_and_tells_everything() -> None:
     assert np.ptp(np.diff(across)) < 0.2 and np.ptp(np.diff(up)) < 0.2 and across[0] < across[3] and up[0] > up[3]
     assert {y for _, y in points[4:]} == {points[2][1]}  # 30 percent, on the same axis
     assert all(0 < x < 240 and 0 < y < 240 for x, y in points)
+    middles = [float(str(t["x"])) for t in page.named("text") if t.get("text-anchor") == "middle"]
+    assert max(middles) <= 240 - 12  # half of "100"
     assert "distilled, Spearman 1.00" in str(page.named("svg")[0]["aria-label"])
     assert ranking_parts(None) == []
 

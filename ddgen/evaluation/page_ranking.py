@@ -8,7 +8,7 @@ from typing import Any
 from ddgen.evaluation.page_html import Cell, esc, number, paragraph, table, text
 from ddgen.evaluation.page_pictures import round_ticks
 
-SIDE, LEFT, RIGHT, TOP, BOTTOM = 240, 40, 8, 26, 38  # of a panel, in units of its own
+SIDE, LEFT, RIGHT, TOP, BOTTOM = 240, 32, 14, 26, 38  # of a panel, in units of its own
 
 
 def ranking_parts(found: Mapping[str, Any] | None) -> list[str]:
@@ -98,7 +98,7 @@ def _panel(
     colour = "var(--accent)" if one["images"] == "distilled" else "var(--second)"
     rho = one["spearman"]["value"]
     title = one["images"] + ("" if rho is None else f", Spearman {rho:.2f}")
-    parts = [f'<text x="{LEFT}" y="15" font-size="13" font-weight="600" fill="currentColor">{esc(title)}</text>']
+    parts = [f'<text x="0" y="14" font-size="12" font-weight="600" fill="currentColor">{esc(title)}</text>']
     parts += [_horizontal(y_of(tick), tick) for tick in up] + [_vertical(x_of(tick), tick) for tick in across]
     parts.append(
         f'<text x="{(LEFT + SIDE - RIGHT) / 2:.0f}" y="{SIDE - 5}" text-anchor="middle" font-size="11" '
