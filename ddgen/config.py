@@ -346,6 +346,15 @@ class SampleConfig:
     guide_checkpoint: str | None = None
     """Guide away from a worse model of the same latents and classes (autoguidance) instead of from the model without a
     class: folder of a generator, of a run, or of an earlier checkpoint, checkpoints/step-* ."""
+    modes: int | Literal["auto"] | None = None
+    """Steer the candidates of a class, in turn, towards so many modes: the centres of clusters of its real latents.
+    `auto`: as many as --ipc. Default: no steering."""
+    mode_strength: float = 0.1
+    """Pull of a candidate towards its mode, 0 to 1."""
+    diversity_strength: float = 1.0
+    """Push of a candidate away from the modes of the others, which 1 makes Bayes' rule for a mixture of clusters."""
+    steer_until: float = 0.5
+    """Noise level, 0 clean to 1 noise in the schedule's time, at and below which nothing is steered."""
     torch_compile: bool | None = None
     """Compile the denoiser for sampling, which costs a minute or more at the start. Default: on a GPU."""
     sample_batch_size: int | None = None
@@ -564,12 +573,12 @@ RANGES: dict[str, tuple[float, float]] = {
         "fid_num_inference_steps", "log_every", "num_inference_steps", "observer_epochs", "observer_batch_size",
         "observer_input_size", "checkpointing_steps", "checkpoints_total_limit", "candidates_per_image",
         "sample_batch_size", "repeats", "epochs", "factor", "mipc", "num_crop", "observer_keep_epochs",
-        "teacher_epoch", "views", "keep_every", "top_k", "label_batch_size", "rank_epochs",
+        "teacher_epoch", "views", "keep_every", "top_k", "label_batch_size", "rank_epochs", "modes",
     )},
     **{name: (0, math.inf) for name in (
         "vae_train_steps", "vae_kl_weight", "vae_perceptual_weight", "vae_equivariance_weight",
         "unet_attention_levels", "lr_warmup_steps", "adam_weight_decay", "fid_every", "sample_every", "guidance_scale",
-        "ipc",
+        "ipc", "diversity_strength",
     )},
     **{name: (1e-12, math.inf) for name in (
         "vae_learning_rate", "learning_rate", "max_grad_norm", "observer_learning_rate", "logit_std", "snr_gamma",
@@ -577,6 +586,7 @@ RANGES: dict[str, tuple[float, float]] = {
     )},
     **{name: (0, 1) for name in (
         "unet_dropout", "class_dropout", "lr_decay_fraction", "guidance_interval", "eta", "observer_label_smoothing",
+        "mode_strength", "steer_until",
     )},
     "observer_holdout": (0.001, 0.9),
     "fid_num_images": (6, math.inf),  # neighbours are counted up to the fifth

@@ -126,13 +126,32 @@ def build_latent_cache(
         if accelerator.is_main_process:
             told[0] = _finish(path, meta)
         meta = broadcast_object_list(told)[0]
+    cache, statistics = _open(path, meta)
+    return autoencoder.with_statistics(*statistics), cache
+
+
+def read_latent_cache(path: Path) -> tuple[LatentCache, Tensor] | None:
+    """Opens what `build_latent_cache` has finished.
+
+    Args:
+        path: Folder of the cache.
+
+    Returns:
+        The cache, memory-mapped, and mean and standard deviation per channel that the latents are standardised by,
+        float32 (2, d); None if there is no finished cache.
+    """
+    meta = read_json(path / "meta.json") if (path / "meta.json").is_file() else {}
+    return _open(path, meta) if meta.get("complete") else None
+
+
+def _open(path: Path, meta: dict[str, Any]) -> tuple[LatentCache, Tensor]:
     mean = torch.from_numpy(map_array(path / "mean.npy"))
     std = torch.from_numpy(map_array(path / "std.npy")) if meta["has_std"] else None
     latents_mean, latents_std = torch.tensor(meta["latents_mean"]), torch.tensor(meta["latents_std"])
     scale = torch.tensor(meta["sampled_std"]) / latents_std
     shift = (torch.tensor(meta["sampled_mean"]) - latents_mean) / latents_std
-    cache = LatentCache(mean, std, fingerprint, scale.reshape(-1, 1, 1), shift.reshape(-1, 1, 1))
-    return autoencoder.with_statistics(latents_mean, latents_std), cache
+    cache = LatentCache(mean, std, meta["fingerprint"], scale.reshape(-1, 1, 1), shift.reshape(-1, 1, 1))
+    return cache, torch.stack([latents_mean, latents_std])
 
 
 def batch_size_of(image_size: int, device: torch.device) -> int:

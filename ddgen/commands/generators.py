@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from ddgen.checkpoint import read_json
 from ddgen.commands.own_generator import own_generator
 from ddgen.commands.runs import read_run_config
+from ddgen.commands.steering import check_steering, steered
 from ddgen.config import SampleConfig, TrainConfig
 from ddgen.data import check_class_order, native_image_size
 from ddgen.diffusion.foreign import ForeignGenerator, load_foreign
@@ -22,7 +23,7 @@ from ddgen.observer.observer import Observer
 from ddgen.observer.realism import RealismScores, candidate_problem
 
 PROBE_IMAGES = 64
-OWN_ONLY = ("fast", "guidance_interval", "eta", "guide_checkpoint", "torch_compile")
+OWN_ONLY = ("fast", "guidance_interval", "eta", "guide_checkpoint", "torch_compile", "modes")
 """Settings that no diffusers pipeline has."""
 FOREIGN_ONLY = ("prompt", "class_map")
 
@@ -41,6 +42,7 @@ def candidate_source(
     Raises:
         UserError: It cannot be loaded, knows other classes, or cannot honour a setting.
     """
+    check_steering(config)
     class_names = read_json(run_dir / "dataset.json")["class_names"]
     image_size = dataset_image_size(read_run_config(run_dir))
     files = None
@@ -53,7 +55,7 @@ def candidate_source(
                 raise UserError(f"--{name}: a generator that ddgen trained knows its classes; leave it out")
         generator = own_generator(config, folder, accelerator.device, precision)
         _check_same_images(config, generator, class_names, image_size)
-        return generator
+        return generator if config.modes is None else steered(config, run_dir, generator, accelerator)
     for name in OWN_ONLY:
         if getattr(config, name) not in (None, False):
             raise UserError(f"--{name}: only ddgen's own generators have it, not {config.generator}; leave it out")

@@ -20,6 +20,7 @@ from ddgen.config import GuidanceConfig
 from ddgen.diffusion import guidance, pipeline, samplers
 from ddgen.diffusion.guidance import guided_denoiser
 from ddgen.diffusion.samplers import Schedule, num_evaluations, solve
+from ddgen.diffusion.steering import Steering, steered_denoiser
 from ddgen.diffusion.unet import with_contiguous_attention
 from ddgen.errors import UserError
 from ddgen.precision import autocast, cast, memory_format
@@ -65,6 +66,7 @@ class Generator:
         guide: What autoguidance goes away from; None for classifier-free guidance.
         stored_fingerprint: Fingerprint of the weights before they were cast; None if they were not.
         compiled_batch_size: Size to which batches are filled up, for which the denoiser is compiled; None if it is not.
+        steering: Towards what the denoiser's estimates are moved; None leaves them.
     """
 
     unet: Any
@@ -78,6 +80,7 @@ class Generator:
     guide: Guide | None = None
     stored_fingerprint: str | None = None
     compiled_batch_size: int | None = None
+    steering: Steering | None = None
 
     def with_sampling(self, **overrides: Any) -> Generator:
         """Returns this generator with some sampling settings replaced; None keeps one."""
@@ -138,6 +141,8 @@ class Generator:
             schedule=schedule,
             guide=None if self.guide is None else self.guide.unet,
         )
+        if self.steering is not None:
+            denoise = steered_denoiser(denoise, labels.to(device), indices.to(device), schedule, self.steering)
         steps, sampler = settings.steps, settings.sampler
         with autocast(device, self.precision if self.unet.dtype == torch.float32 else "no"):
             return solve(denoise, draw(), schedule, steps, sampler, eta=settings.eta, draw=draw)
@@ -153,6 +158,7 @@ class Generator:
 
     def settings(self) -> dict[str, Any]:
         """Returns, as JSON, everything an image depends on beside (seed, class, index)."""
+        steering = {} if self.steering is None else {"steering": self.steering.settings()}
         return {
             "generator": self.fingerprint(),
             "guide": None if self.guide is None else self.guide.fingerprint,
@@ -160,6 +166,7 @@ class Generator:
             "precision": self.precision,
             "device": self.unet.device.type,
             "compiled": self.compiled_batch_size is not None,
+            **steering,
         }
 
     def describe(self) -> dict[str, str]:
@@ -174,10 +181,12 @@ class Generator:
             away = "" if self.guide is None else f", away from {self.guide.name}"
             low, high = sampling.guidance_interval
             guidance = f"{sampling.guidance_scale:g} in {low:g} to {high:g}{away}"
+        steering = {} if self.steering is None else {"steering": self.steering.describe()}
         return {
             "generator": f"UNet of {size / 1e6:.1f} million parameters, fingerprint {self.fingerprint()[:12]}",
             "sampler": f"{sampling.sampler}{f' with eta {sampling.eta:g}' if sampling.eta else ''}, {steps}",
             "guidance": guidance,
+            **steering,
             "precision": self.precision,
         }
 
