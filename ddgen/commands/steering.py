@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from torch import Tensor
 
 from ddgen.autoencoder.latents import LatentCache, read_latent_cache
-from ddgen.commands.runs import check_shared, load_on_all, read_run_config
+from ddgen.commands.runs import load_on_all, read_run_config
 from ddgen.config import SampleConfig
 from ddgen.diffusion.generator import Generator
 from ddgen.diffusion.modes import VERSION, find_modes, load_modes, save_modes
@@ -54,9 +55,24 @@ def steered(config: SampleConfig, run_dir: Path, generator: Generator, accelerat
     count = config.ipc if config.modes == "auto" else int(config.modes or 0)
     path = run_dir / "modes" / f"{count}-seed{config.seed}.safetensors"
     key = f"{latents.fingerprint}-{VERSION}"
-    modes = _modes(config, path, key, latents, count, generator, accelerator).to(generator.unet.device)
+    told: list[Any] = [None]
+    if accelerator.is_main_process:
+        told[0] = load_modes(path, key)
+    modes: Modes | None = broadcast_object_list(told)[0]
+    if modes is None:
+        accelerator.print(f"{'modes':<12}finding {count} of each class in its real latents")
+        labels = _labels_of(config, run_dir, latents, accelerator)
+
+        def find() -> None:
+            told[0] = find_modes(latents, labels, generator.class_names, count, config.seed)
+            if not config.dry_run:
+                save_modes(path, told[0], key)
+
+        on_main(accelerator, find)
+        modes = broadcast_object_list(told)[0]
+    assert modes is not None
     steering = Steering(modes, config.mode_strength, config.diversity_strength, config.steer_until)
-    return replace(generator, steering=steering)
+    return replace(generator, steering=steering.to(generator.unet.device))
 
 
 def _latents_of(config: SampleConfig, run_dir: Path, generator: Generator) -> LatentCache:
@@ -79,34 +95,12 @@ def _latents_of(config: SampleConfig, run_dir: Path, generator: Generator) -> La
     return latents
 
 
-def _modes(
-    config: SampleConfig,
-    path: Path,
-    key: str,
-    latents: LatentCache,
-    count: int,
-    generator: Generator,
-    accelerator: Accelerator,
-) -> Modes:
-    """Reads the modes, or finds and, unless it is a dry run, keeps them."""
-    told: list[Any] = [None]
-    if accelerator.is_main_process:
-        told[0] = load_modes(path, key) is not None
-    if not broadcast_object_list(told)[0]:
-        dataset = load_on_all(accelerator, read_run_config(path.parents[1]).data, "train")
-        if dataset.fingerprint not in latents.fingerprint:
-            raise UserError(
-                f"--modes {count}: {path.parents[1]} has latents of other images than those of {dataset.name} now; give"
-                " back the images that it was trained on"
-            )
-        accelerator.print(f"{'modes':<12}finding {count} in the real latents of each class")
-        if config.dry_run:
-            return find_modes(latents, dataset.labels, generator.class_names, count, config.seed)
-        on_main(accelerator, lambda: save_modes(
-            path, find_modes(latents, dataset.labels, generator.class_names, count, config.seed), key
-        ))  # fmt: skip
-        check_shared(path, accelerator)
-    modes = load_modes(path, key)
-    if modes is None:
-        raise UserError(f"{path}: was changed while it was read; run the command again")
-    return modes
+def _labels_of(config: SampleConfig, run_dir: Path, latents: LatentCache, accelerator: Accelerator) -> Tensor:
+    """Reads the classes of the images that the latents are of, int64 (n,)."""
+    dataset = load_on_all(accelerator, read_run_config(run_dir).data, "train")
+    if dataset.fingerprint not in latents.fingerprint:
+        raise UserError(
+            f"--modes {config.modes}: the latents in {run_dir} are of other images than {dataset.name} has now; give"
+            " back the images that it was trained on"
+        )
+    return dataset.labels

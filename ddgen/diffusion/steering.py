@@ -110,8 +110,7 @@ def steered_denoiser(
 ) -> Denoise:
     """Returns a denoiser whose estimates of x0 are moved as the text above says.
 
-    It is the same for every sampler and prediction type, since the UNet's output is what is changed, by as much as moves
-    x0 where the latents are.
+    It is the same for every sampler and prediction type: the UNet's output is what is changed, by as much as moves x0.
 
     Args:
         denoise: The guided denoiser.
