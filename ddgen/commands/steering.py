@@ -55,21 +55,24 @@ def steered(config: SampleConfig, run_dir: Path, generator: Generator, accelerat
     count = config.ipc if config.modes == "auto" else int(config.modes or 0)
     path = run_dir / "modes" / f"{count}-seed{config.seed}.safetensors"
     key = f"{latents.fingerprint}-{VERSION}"
-    told: list[Any] = [None]
-    if accelerator.is_main_process:
-        told[0] = load_modes(path, key)
-    modes: Modes | None = broadcast_object_list(told)[0]
+    found: list[Any] = [None]
+
+    def read() -> None:
+        found[0] = load_modes(path, key)
+
+    on_main(accelerator, read)
+    modes: Modes | None = broadcast_object_list(found)[0]
     if modes is None:
         accelerator.print(f"{'modes':<12}finding {count} of each class in its real latents")
         labels = _labels_of(config, run_dir, latents, accelerator)
 
         def find() -> None:
-            told[0] = find_modes(latents, labels, generator.class_names, count, config.seed)
+            found[0] = find_modes(latents, labels, generator.class_names, count, config.seed)
             if not config.dry_run:
-                save_modes(path, told[0], key)
+                save_modes(path, found[0], key)
 
         on_main(accelerator, find)
-        modes = broadcast_object_list(told)[0]
+        modes = broadcast_object_list(found)[0]
     assert modes is not None
     steering = Steering(modes, config.mode_strength, config.diversity_strength, config.steer_until)
     return replace(generator, steering=steering.to(generator.unet.device))
