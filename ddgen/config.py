@@ -349,7 +349,7 @@ class SampleConfig:
     modes: int | Literal["auto"] | None = None
     """Steer the candidates of a class, in turn, towards so many modes: the centres of clusters of its real latents.
     `auto`: as many as --ipc. Default: no steering."""
-    mode_strength: float = 0.1
+    mode_strength: float = 0.2
     """Pull of a candidate towards its mode, 0 to 1."""
     diversity_strength: float = 1.0
     """Push of a candidate away from the modes of the others, which 1 makes Bayes' rule for a mixture of clusters."""
