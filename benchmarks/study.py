@@ -9,9 +9,9 @@ Every repeat has pools of its own, so the spread is of candidates and students t
 - labels: every kind of label for what `realism` keeps.
 
 Pools: `crops` are RDED's, the best of five crops of each of 300 real images a class; `whole` are 300 whole real images;
-`generated` are 300 candidates of the run's generator as it samples, `unguided` without guidance, and `autoguided` with
---guide_checkpoint. Into --output_dir go results-*.jsonl, and selection.md, labels.md and their pictures. The same
-command goes on where it was stopped.
+`generated` are 300 candidates of the run's generator as it samples, `unguided` without guidance, `autoguided` with
+--guide_checkpoint, and `steered` with --modes. Into --output_dir go results-*.jsonl, and selection.md, labels.md and
+their pictures. The same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import json
 import shutil
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -38,11 +38,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddgen.checkpoint import write_bytes
+from ddgen.commands.generators import candidate_source
 from ddgen.commands.runs import find_run, load_on_all, observer_dir, read_run_config, start_accelerator
-from ddgen.config import Selection
+from ddgen.config import SampleConfig, Selection
 from ddgen.data import ImageDataset
-from ddgen.diffusion.autoguidance import load_guide
-from ddgen.diffusion.generator import load_generator
 from ddgen.distill.rded import plan_crops, rank_class
 from ddgen.distill.select import Candidates, select, select_random
 from ddgen.distill.selection_report import report_class
@@ -57,7 +56,7 @@ from ddgen.observer.observer import Observer
 from ddgen.observer.realism import RealismScores, real_class_scores, realism_scores
 from ddgen.seeds import derive
 
-Pool = Literal["crops", "whole", "generated", "unguided", "autoguided"]
+Pool = Literal["crops", "whole", "generated", "unguided", "autoguided", "steered"]
 RULES: tuple[Selection, ...] = get_args(Selection)
 ONLINE = "online"
 SAMPLED_TOGETHER = 100
@@ -90,8 +89,8 @@ class Settings:
     """Candidates of each class."""
     guide_checkpoint: str | None = None
     """A weaker generator for the pool `autoguided`, as sample.py takes it."""
-    guide_scale: float = 2.0
-    """Guidance scale of `autoguided`."""
+    modes: int = 10
+    """Modes of `steered`."""
     seed: int = 0
     """Seed of pools and students."""
 
@@ -152,9 +151,7 @@ class Study:
 
     def identity(self) -> dict[str, Any]:
         """Returns what results must share to stand in one table, as JSON."""
-        asked = {
-            name: getattr(self.settings, name) for name in ("pool_size", "guide_checkpoint", "guide_scale", "seed")
-        }
+        asked = {name: getattr(self.settings, name) for name in ("pool_size", "guide_checkpoint", "modes", "seed")}
         return {
             **asked,
             "observer": self.observer.fingerprint,
@@ -258,40 +255,41 @@ class Study:
             found.append(ranked.candidates)
         return pixels, found
 
-    def _path(self, pool: Pool, repeat: int) -> Path:
-        return self.root / "pools" / f"{pool}-{self.settings.pool_size}-{repeat}.safetensors"
+    def _path(self, pool: Pool, repeat: int, label: int) -> Path:
+        return self.root / "pools" / f"{pool}-{self.settings.pool_size}-{repeat}" / f"{label:05d}.safetensors"
 
     def _sampled(self, pool: Pool, repeat: int) -> list[Tensor]:
-        return list(load_file(self._path(pool, repeat))["pixels"])
+        return [load_file(self._path(pool, repeat, label))["pixels"] for label in range(self.train.num_classes)]
 
     def draw_pools(self) -> None:
-        """Samples the generated pools that are not there yet, each process some."""
-        wanted = [
-            (pool, repeat)
-            for repeat, pool in itertools.product(range(self.settings.repeats), self.settings.pools)
-            if pool not in ("crops", "whole") and not self._path(pool, repeat).is_file()
-        ]
-        for pool, repeat in _share(wanted, self.accelerator):
-            self._draw(pool, repeat)
+        """Samples the generated pools that are not there yet, each process some classes."""
+        pools = [pool for pool in self.settings.pools if pool not in ("crops", "whole")]
+        for repeat, pool in itertools.product(range(self.settings.repeats), pools):
+            missing = [c for c in range(self.train.num_classes) if not self._path(pool, repeat, c).is_file()]
+            self.accelerator.wait_for_everyone()
+            if missing:
+                self._draw(pool, repeat, missing)
         self.accelerator.wait_for_everyone()
 
-    def _draw(self, pool: Pool, repeat: int) -> None:
-        generator = load_generator(self.run_dir / "generator", self.accelerator.device, self.precision)
+    def _draw(self, pool: Pool, repeat: int, classes: list[int]) -> None:
+        settings = self.settings
+        config = SampleConfig(run_dir=str(self.run_dir), seed=derive(settings.seed, "pool", repeat))
         if pool == "unguided":
-            generator = generator.with_sampling(guidance_scale=1.0)
+            config = replace(config, guidance_scale=1.0)
         if pool == "autoguided":
-            if self.settings.guide_checkpoint is None:
+            if settings.guide_checkpoint is None:
                 raise UserError("--pools autoguided: name the weaker generator by --guide_checkpoint")
-            generator = generator.with_sampling(guidance_scale=self.settings.guide_scale)
-            generator = replace(generator, guide=load_guide(Path(self.settings.guide_checkpoint), generator))
-        count, classes = self.settings.pool_size, self.train.num_classes
-        labels, indices = torch.arange(classes).repeat_interleave(count), torch.arange(count).repeat(classes)
-        parts = [
-            generator.sample(labels[part], indices[part], derive(self.settings.seed, "pool", repeat))
-            for part in tqdm(torch.arange(len(labels)).split(SAMPLED_TOGETHER), desc=f"{pool} {repeat}", unit="batch")
-        ]
-        pixels = torch.cat(parts).unflatten(0, (classes, count))
-        write_bytes(self._path(pool, repeat), save({"pixels": pixels.contiguous()}))
+            config = replace(config, guide_checkpoint=settings.guide_checkpoint)
+        if pool == "steered":
+            config = replace(config, modes=settings.modes)
+        source = candidate_source(config, self.run_dir, self.accelerator, self.precision)
+        mine = classes[self.accelerator.process_index :: self.accelerator.num_processes]
+        for label in tqdm(mine, desc=f"{pool} {repeat}", unit="class"):
+            parts = [
+                source.sample(torch.full_like(indices, label), indices, config.seed)
+                for indices in torch.arange(settings.pool_size).split(SAMPLED_TOGETHER)
+            ]
+            write_bytes(self._path(pool, repeat, label), save({"pixels": torch.cat(parts)}))
 
 
 def _whole(train: ImageDataset, count: int, seed: int) -> list[Tensor]:
@@ -343,10 +341,6 @@ def _claim(path: Path) -> bool:
     except FileExistsError:
         return False
     return True
-
-
-def _share(items: Sequence[Any], accelerator: Accelerator) -> Sequence[Any]:
-    return items[accelerator.process_index :: accelerator.num_processes]
 
 
 def read_results(root: Path, identity: dict[str, Any]) -> Done:
