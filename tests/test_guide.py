@@ -1,0 +1,230 @@
+"""The guide that a training keeps of itself: when, whatever stops the run, and what a generator does with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from test_generator import CONFIG, CPU, checkpoint_of, generator, images_without_ddgen, random_unet  # noqa: F401
+
+from ddgen.autoencoder.autoencoder import wrap
+from ddgen.autoencoder.latents import LatentCache
+from ddgen.autoencoder.patch_autoencoder import PatchAutoencoderKL
+from ddgen.commands.generators import HONOURED
+from ddgen.commands.own_generator import own_generator
+from ddgen.config import MonitorConfig, OptimizerConfig, RunConfig, SampleConfig, TrainConfig, parse
+from ddgen.diffusion import generator as generators
+from ddgen.diffusion import report
+from ddgen.diffusion.generator import Generator, KeptGuide, load_generator, save_generator
+from ddgen.diffusion.kept_guide import GUIDE_NAME, is_missed, kept_guide
+from ddgen.diffusion.training import train_diffusion
+from ddgen.distill.pool import short_hash
+from ddgen.errors import UserError
+from ddgen.resume import Keeper
+
+STEPS, GUIDE_STEP = 6, 3
+Train = Callable[..., Generator]
+
+
+class Killed(Exception):
+    """Stands for the end of a process."""
+
+
+def recipe(**optimizer: object) -> TrainConfig:
+    settings = {"max_train_steps": STEPS, "train_batch_size": 6, "lr_warmup_steps": 1, "guide_fraction": 0.5}
+    return TrainConfig(
+        run=RunConfig(checkpointing_steps=1, checkpoints_total_limit=STEPS),
+        denoiser=CONFIG,
+        optimizer=OptimizerConfig(**settings | optimizer),  # type: ignore[arg-type]
+        monitor=MonitorConfig(fid_every=0, log_every=100),
+    )
+
+
+@pytest.fixture
+def train(tmp_path: Path, forget_accelerator: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> Train:
+    """Trains in tmp_path/<name>, from a checkpoint, and dies before the checkpoint of a step is written."""
+    monkeypatch.setattr(report, "flops_per_image", lambda unet: 1.0)
+    noise = torch.randn(12, 1, 4, 4, 4, generator=torch.Generator().manual_seed(0)).half()
+    vae = wrap(PatchAutoencoderKL(latent_channels=4, downsample=4, block_out_channels=()), CPU, "no")
+    after_step = Keeper.after_step
+
+    def run(name: str, resume_from: Path | None = None, dies_at: int = 0, **optimizer: object) -> Generator:
+        def watched(keeper: Keeper, step: int) -> None:
+            if step == dies_at:
+                raise Killed
+            after_step(keeper, step)
+
+        forget_accelerator()
+        monkeypatch.setattr(Keeper, "after_step", watched)
+        (tmp_path / name).mkdir(exist_ok=True)
+        return train_diffusion(
+            recipe(**optimizer), LatentCache(noise, None, "made up"), torch.arange(12) % 3, vae, ("a", "b", "c"), 16,
+            accelerator=Accelerator(cpu=True), precision="no", output_dir=tmp_path / name, resume_from=resume_from,
+        )  # fmt: skip
+
+    return run
+
+
+def checkpoint(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step-{step:08d}"
+
+
+# --- keeping
+
+
+def test_the_averages_of_the_step_are_kept_wherever_the_run_was_killed(train: Train, tmp_path: Path) -> None:
+    made = train("whole")
+    whole = load_file(tmp_path / "whole" / GUIDE_NAME)
+    for std in (0.05, 0.1):
+        average = load_file(checkpoint(tmp_path / "whole", GUIDE_STEP) / f"ema_{std}.safetensors")
+        last = load_file(checkpoint(tmp_path / "whole", STEPS) / f"ema_{std}.safetensors")
+        assert all(torch.equal(whole[f"{std}/{name}"], tensor.half()) for name, tensor in average.items())
+        assert any(not torch.equal(whole[f"{std}/{name}"], tensor.half()) for name, tensor in last.items())
+    assert len(whole) == 2 * len(average)
+    for step in (2, 3, 4):  # before the guide is there, when it is and no checkpoint of that step, after both
+        with pytest.raises(Killed):
+            train(f"at{step}", dies_at=step)
+        assert (tmp_path / f"at{step}" / GUIDE_NAME).is_file() == (step >= GUIDE_STEP)
+        train(f"at{step}", checkpoint(tmp_path / f"at{step}", step - 1))
+        assert (tmp_path / f"at{step}" / GUIDE_NAME).read_bytes() == (tmp_path / "whole" / GUIDE_NAME).read_bytes()
+    for std, expected in ((0.1, 0.1), (0.15, 0.05), (None, 0.05)):  # the first, where its own was not tracked
+        found = kept_guide(recipe().optimizer, tmp_path / "whole", replace(made, ema_std=std))
+        assert found is not None and (found.step, found.max_train_steps, found.ema_std) == (3, 6, expected)
+        assert all(torch.equal(value, whole[f"{expected}/{name}"]) for name, value in found.unet.state_dict().items())
+
+
+def test_a_run_from_anothers_checkpoint_takes_its_guide_along(train: Train, tmp_path: Path) -> None:
+    train("whole")
+    late, whole = checkpoint(tmp_path / "whole", 4), tmp_path / "whole" / GUIDE_NAME
+    assert not is_missed(recipe().optimizer, tmp_path / "other", late)
+    train("other", late)
+    assert (tmp_path / "other" / GUIDE_NAME).read_bytes() == whole.read_bytes()
+
+
+def test_a_run_past_the_step_without_a_guide_goes_on_without(train: Train, tmp_path: Path) -> None:
+    """As a run that was begun before guides were kept; and one that wants none, or one of another step."""
+    made = train("none", guide_fraction=0.0)
+    run_dir, optim = tmp_path / "none", recipe().optimizer
+    assert (
+        not (run_dir / GUIDE_NAME).exists() and kept_guide(recipe(guide_fraction=0.0).optimizer, run_dir, made) is None
+    )
+    assert [is_missed(optim, run_dir, checkpoint(run_dir, step)) for step in (2, 3, 4)] == [False, True, True]
+    assert not is_missed(recipe(guide_fraction=0.0).optimizer, run_dir, checkpoint(run_dir, 4))
+    resumed = train("none", checkpoint(run_dir, 4))  # the setting is no part of what must be the same
+    assert not (run_dir / GUIDE_NAME).exists() and kept_guide(optim, run_dir, resumed) is None
+    train("none", checkpoint(run_dir, 2))
+    assert kept_guide(optim, run_dir, made) is not None
+    assert kept_guide(recipe(guide_fraction=0.4).optimizer, run_dir, made) is None
+
+
+@pytest.mark.parametrize(("fraction", "steps", "step"), [(0.2, 4700, 940), (0.2, 1, 1), (0.1, 30, 3), (0.0, 100, 0)])
+def test_the_step_of_a_fraction(fraction: float, steps: int, step: int) -> None:
+    assert OptimizerConfig(guide_fraction=fraction, max_train_steps=steps).guide_step == step
+
+
+def test_a_guide_as_good_as_its_generator_is_refused() -> None:
+    with pytest.raises(UserError, match=r"--guide_fraction 1\.0: give 0 to 0\.9"):
+        parse(TrainConfig, ["--guide_fraction", "1"], "train_ldm.py")
+
+
+# --- using
+
+
+def kept(seed: int = 3) -> KeptGuide:
+    return KeptGuide(random_unet(seed).half(), 940, 4700, 0.1)
+
+
+def test_auto_none_and_a_path_are_three_different_guides(generator: Generator, tmp_path: Path) -> None:  # noqa: F811
+    folder, guide = tmp_path / "run" / "generator", kept()
+    save_generator(generator, folder, "card", guide=guide)
+    path = checkpoint_of(generator, tmp_path / "run")
+    own, without, other = (own_generator(SampleConfig(guide=g), folder, CPU, "no") for g in ("auto", "none", str(path)))
+    assert own.guide is not None and without.guide is None and other.guide is not None
+    expected = guide.unet.state_dict()
+    assert all(torch.equal(value, expected[name].float()) for name, value in own.guide.unet.state_dict().items())
+    assert len({short_hash(one.settings()) for one in (own, without, other)}) == 3  # pools of their own
+    assert without.settings() == load_generator(folder, CPU, "no").settings()  # as before there were guides
+    told = [one.describe()["guidance"].split(" (fingerprint ")[0] for one in (own, without, other)]
+    assert told == [
+        "2 in 0.3 to 0.85, away from its own weights after 940 of 4,700 steps",
+        "2 in 0.3 to 0.85, away from the model without a class",
+        "2 in 0.3 to 0.85, away from step-00000007",
+    ]
+    labels = torch.arange(8) % 3
+    images = [one.sample(labels, torch.arange(8), 0).int() for one in (own, without, other)]
+    assert all((a - b).abs().float().mean() > 1 for a, b in zip(images, [*images[1:], images[0]], strict=True))
+    by_hand = replace(without, guide=replace(own.guide, unet=random_unet(3).half().float()))
+    assert (by_hand.sample(labels, torch.arange(8), 0).int() - images[0]).abs().max() <= 1
+    coarse = own_generator(SampleConfig(guide="auto"), folder, CPU, "bf16").guide
+    assert coarse is not None and coarse.unet.dtype == torch.bfloat16 and coarse.fingerprint == own.guide.fingerprint
+
+
+def test_a_generator_without_a_guide_samples_as_it_did(generator: Generator, tmp_path: Path) -> None:  # noqa: F811
+    save_generator(generator, tmp_path / "generator", "card")
+    auto, without = (own_generator(SampleConfig(guide=g), tmp_path / "generator", CPU, "no") for g in ("auto", "none"))
+    assert auto.settings() == without.settings() and auto.guide is None
+    labels = torch.arange(3)
+    assert torch.equal(auto.sample(labels, labels, 0), generator.sample(labels, labels, 0))
+
+
+def test_without_guidance_no_guide_is_loaded(generator: Generator, tmp_path: Path) -> None:  # noqa: F811
+    save_generator(generator, tmp_path / "generator", "card", guide=kept())
+    found = own_generator(SampleConfig(guide="auto", guidance_scale=1.0), tmp_path / "generator", CPU, "no")
+    assert found.guide is None and found.describe()["guidance"] == "none"
+
+
+def test_a_damaged_guide_is_named(generator: Generator, tmp_path: Path) -> None:  # noqa: F811
+    folder = tmp_path / "generator"
+    save_generator(generator, folder, "card", guide=kept())
+    weights = folder / "guide" / "diffusion_pytorch_model.safetensors"
+    for damage in (lambda: weights.write_bytes(b"half"), (folder / "guide" / "guide.json").unlink):
+        damage()
+        with pytest.raises(UserError) as error:
+            own_generator(SampleConfig(guide="auto"), folder, CPU, "no")
+        assert str(error.value).startswith(f"--guide auto: {folder / 'guide'}: damaged (")
+        assert "\n" not in str(error.value)
+    assert own_generator(SampleConfig(guide="none"), folder, CPU, "no").guide is None
+
+
+def test_a_pipeline_of_others_honours_no_path() -> None:
+    assert {"auto", "none"} <= set(HONOURED) and SampleConfig().guide in HONOURED
+
+
+def test_a_folder_with_a_guide_samples_with_diffusers_alone(generator: Generator, tmp_path: Path) -> None:  # noqa: F811
+    folders = [tmp_path / "plain", tmp_path / "with-guide"]
+    for folder, guide in zip(folders, (None, kept()), strict=True):
+        save_generator(generator, folder, "card", guide=guide)
+    plain, guided = images_without_ddgen(folders, tmp_path)
+    assert torch.equal(plain, guided)
+
+
+# --- what a generator is
+
+
+def test_weights_are_hashed_once(
+    generator: Generator,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    save_generator(generator, tmp_path / "generator", "card", guide=kept())
+    hashed: list[object] = []
+    add_weights = generators.add_weights
+
+    def counting(digest: object, network: torch.nn.Module) -> None:
+        hashed.append(network)
+        add_weights(digest, network)
+
+    monkeypatch.setattr(generators, "add_weights", counting)
+    for precision in ("no", "bf16"):
+        hashed.clear()
+        loaded = own_generator(SampleConfig(guide="auto"), tmp_path / "generator", CPU, precision)
+        for _ in range(2):
+            loaded.settings(), loaded.describe(), loaded.with_sampling(guidance_scale=3.0).settings()
+        assert len(hashed) == 1
+        assert loaded.fingerprint() == generator.fingerprint()
+        assert loaded.autoencoder.stored_fingerprint == generator.autoencoder.fingerprint()
