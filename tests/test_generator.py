@@ -25,7 +25,7 @@ from ddgen.commands.own_generator import own_generator
 from ddgen.config import FAST, DenoiserConfig, GuidanceConfig, OptimizerConfig, SampleConfig
 from ddgen.diffusion.autoguidance import load_guide
 from ddgen.diffusion.ema import PowerEMA
-from ddgen.diffusion.generator import Generator, check_sampling, load_generator, save_generator
+from ddgen.diffusion.generator import Generator, KeptGuide, check_sampling, load_generator, save_generator
 from ddgen.diffusion.guidance import guided_denoiser
 from ddgen.diffusion.objective import build_scheduler
 from ddgen.diffusion.pipeline import LatentDiffusionPipeline
@@ -136,9 +136,8 @@ def test_settings_are_json_and_tell_every_difference(generator: Generator) -> No
     settings.append(replace(generator, guide=None, precision="bf16").settings())
     assert len({json.dumps(one, sort_keys=True) for one in settings}) == len(settings)
     rows = generator.with_sampling(sampler="heun").describe()
-    assert rows["sampler"] == "heun, 6 steps of together 11 evaluations" and rows["guidance"].startswith(
-        "2 in 0.3 to 0.85, "
-    )
+    assert rows["sampler"] == "heun, 6 steps of together 11 evaluations"
+    assert rows["guidance"] == "2 in 0.3 to 0.85, away from the model without a class"
     assert generator.with_sampling(guidance_scale=1.0).describe()["guidance"] == "none"
     assert generator.with_sampling(eta=0.5).describe()["sampler"] == "ddim with eta 0.5, 6 steps"
 
@@ -238,9 +237,10 @@ def test_generators_load_and_sample_without_ddgen(generator: Generator, tmp_path
         replace(generator, scheduler=scheduler_of("flow_prediction")),
         replace(generator, unet=random_unet(0, channels=3, size=16), autoencoder=pixels),
     ]
+    guides = [KeptGuide(random_unet(3).half(), 940, 4700, 0.1), None, None]  # the pipeline samples without it
     folders = [tmp_path / f"generator-{number}" for number in range(len(cases))]
-    for case, folder in zip(cases, folders, strict=True):
-        save_generator(case, folder, "card")
+    for case, folder, guide in zip(cases, folders, guides, strict=True):
+        save_generator(case, folder, "card", guide=guide)
     for case, images in zip(cases, images_without_ddgen(folders, tmp_path), strict=True):
         shape = (case.unet.config.in_channels, case.unet.config.sample_size, case.unet.config.sample_size)
         noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in range(3)])

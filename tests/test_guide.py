@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
-from test_generator import CONFIG, CPU, checkpoint_of, generator, images_without_ddgen, random_unet  # noqa: F401
+from test_generator import CONFIG, CPU, checkpoint_of, generator, random_unet  # noqa: F401
 
 from ddgen.autoencoder.autoencoder import wrap
 from ddgen.autoencoder.latents import LatentCache
@@ -107,19 +107,17 @@ def test_a_run_from_anothers_checkpoint_takes_its_guide_along(train: Train, tmp_
 
 
 def test_a_run_past_the_step_without_a_guide_goes_on_without(train: Train, tmp_path: Path) -> None:
-    """As a run that was begun before guides were kept; and one that wants none, or one of another step."""
-    made = train("none", guide_fraction=0.0)
-    run_dir, optim = tmp_path / "none", recipe().optimizer
-    assert (
-        not (run_dir / GUIDE_NAME).exists() and kept_guide(recipe(guide_fraction=0.0).optimizer, run_dir, made) is None
-    )
-    assert [is_missed(optim, run_dir, checkpoint(run_dir, step)) for step in (2, 3, 4)] == [False, True, True]
-    assert not is_missed(recipe(guide_fraction=0.0).optimizer, run_dir, checkpoint(run_dir, 4))
-    resumed = train("none", checkpoint(run_dir, 4))  # the setting is no part of what must be the same
-    assert not (run_dir / GUIDE_NAME).exists() and kept_guide(optim, run_dir, resumed) is None
-    train("none", checkpoint(run_dir, 2))
-    assert kept_guide(optim, run_dir, made) is not None
-    assert kept_guide(recipe(guide_fraction=0.4).optimizer, run_dir, made) is None
+    """As one that was begun before guides were kept, or wanted none."""
+    old, optim, off = tmp_path / "old", recipe().optimizer, recipe(guide_fraction=0.0).optimizer
+    made = train("old", guide_fraction=0.0)
+    assert not (old / GUIDE_NAME).exists() and kept_guide(off, old, made) is None
+    assert [is_missed(optim, old, checkpoint(old, step)) for step in (2, 3, 4)] == [False, True, True]
+    assert not is_missed(off, old, checkpoint(old, 4))
+    train("late", checkpoint(old, 4))  # the setting is no part of what must be the same
+    assert not (tmp_path / "late" / GUIDE_NAME).exists() and kept_guide(optim, tmp_path / "late", made) is None
+    train("early", checkpoint(old, 2))
+    assert kept_guide(optim, tmp_path / "early", made) is not None
+    assert kept_guide(recipe(guide_fraction=0.4).optimizer, tmp_path / "early", made) is None  # it is of another step
 
 
 @pytest.mark.parametrize(("fraction", "steps", "step"), [(0.2, 4700, 940), (0.2, 1, 1), (0.1, 30, 3), (0.0, 100, 0)])
@@ -193,14 +191,6 @@ def test_a_damaged_guide_is_named(generator: Generator, tmp_path: Path) -> None:
 
 def test_a_pipeline_of_others_honours_no_path() -> None:
     assert {"auto", "none"} <= set(HONOURED) and SampleConfig().guide in HONOURED
-
-
-def test_a_folder_with_a_guide_samples_with_diffusers_alone(generator: Generator, tmp_path: Path) -> None:  # noqa: F811
-    folders = [tmp_path / "plain", tmp_path / "with-guide"]
-    for folder, guide in zip(folders, (None, kept()), strict=True):
-        save_generator(generator, folder, "card", guide=guide)
-    plain, guided = images_without_ddgen(folders, tmp_path)
-    assert torch.equal(plain, guided)
 
 
 # --- what a generator is
