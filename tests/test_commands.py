@@ -174,7 +174,8 @@ def test_batch_size_does_not_change_the_images(own_run: Path, tmp_path: Path) ->
 
 def test_a_kept_pool_is_not_sampled_again(own_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = ["--run_dir", str(own_run), "--mixed_precision", "no", "--keep_pool"]
-    assert sample.main([*args, "--ipc", "2", "--output_dir", str(tmp_path / "a")]) == 0
+    everything = ["--ipc", "8", "--candidates_per_image", "1"]
+    assert sample.main([*args, *everything, "--output_dir", str(tmp_path / "a")]) == 0
 
     def never(*_: object, **__: object) -> None:
         raise AssertionError("sampled again")
@@ -182,7 +183,7 @@ def test_a_kept_pool_is_not_sampled_again(own_run: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr("ddgen.diffusion.generator.Generator.sample", never)
     assert sample.main([*args[:-1], "--ipc", "1", "--output_dir", str(tmp_path / "b")]) == 0
     large, small = DistilledDataset.load(tmp_path / "a"), DistilledDataset.load(tmp_path / "b")
-    assert len(small) == 3 and len(large) == 6
+    assert len(small) == 3 and len(large) == 24
     assert all((large.pixels == image).flatten(1).all(1).any() for image in small.pixels)
     assert list((own_run / "pool").iterdir())  # it was kept on purpose, so it stays
 
