@@ -230,9 +230,8 @@ def test_sample_says_what_it_guides_away_from_and_writes_it_down(
         capsys.readouterr()
         out = own_run / "distilled" / choice
         assert sample.main([*args, "--guide", choice, "--output_dir", str(out)]) == 0
-        assert re.search(
-            rf"^guidance +1\.5 in 0\.3 to 0\.85, away from {re.escape(told)}", capsys.readouterr().out, re.M
-        )
+        line = rf"^guidance +1\.5 in 0\.3 to 0\.85, away from {re.escape(told)}"
+        assert re.search(line, capsys.readouterr().out, re.MULTILINE)
         assert f"away from {told}" in (out / "README.md").read_text()
         fingerprints[choice] = DistilledDataset.load(out).provenance["candidates"]["guide"]
     assert fingerprints["none"] is None and fingerprints["auto"] is not None

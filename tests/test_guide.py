@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from test_generator import CONFIG, CPU, checkpoint_of, generator, random_unet  #
 from ddgen.autoencoder.autoencoder import wrap
 from ddgen.autoencoder.latents import LatentCache
 from ddgen.autoencoder.patch_autoencoder import PatchAutoencoderKL
+from ddgen.commands.estimate import estimate_bytes
 from ddgen.commands.generators import HONOURED
 from ddgen.commands.own_generator import own_generator
 from ddgen.config import MonitorConfig, OptimizerConfig, RunConfig, SampleConfig, TrainConfig, parse
@@ -118,6 +122,24 @@ def test_a_run_past_the_step_without_a_guide_goes_on_without(train: Train, tmp_p
     train("early", checkpoint(old, 2))
     assert kept_guide(optim, tmp_path / "early", made) is not None
     assert kept_guide(recipe(guide_fraction=0.4).optimizer, tmp_path / "early", made) is None  # it is of another step
+
+
+def test_a_full_disk_is_named_and_leaves_no_half_of_a_guide(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="full: the disk is full: .* are needed here"):
+        patch.setattr(os, "fsync", full)
+        train("full", guide_fraction=0.01)  # before the first checkpoint
+    assert list((tmp_path / "full").glob("*guide*")) == []
+
+
+def test_the_estimate_counts_the_guide() -> None:
+    images: Any = range(10)
+    without, with_guide = (estimate_bytes(recipe(guide_fraction=f), images, (4, 4), 1000) for f in (0.0, 0.2))
+    assert with_guide - without == 2 * 1000 * 2 + 2 * 1000  # two averages in the run, one in the generator
 
 
 @pytest.mark.parametrize(("fraction", "steps", "step"), [(0.2, 4700, 940), (0.2, 1, 1), (0.1, 30, 3), (0.0, 100, 0)])
