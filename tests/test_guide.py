@@ -127,12 +127,16 @@ def test_a_run_past_the_step_without_a_guide_goes_on_without(train: Train, tmp_p
 def test_a_full_disk_is_named_and_leaves_no_half_of_a_guide(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    replace_file = os.replace
 
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="full: the disk is full: .* are needed here"):
-        patch.setattr(os, "fsync", full)
-        train("full", guide_fraction=0.01)  # before the first checkpoint
+    def full(source: Path, target: Path) -> None:
+        if target.name == GUIDE_NAME:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace_file(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(UserError, match=r"full: the disk is full: .* are needed here"):
+        train("full")
     assert list((tmp_path / "full").glob("*guide*")) == []
 
 
