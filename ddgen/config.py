@@ -167,8 +167,8 @@ class OptimizerConfig:
     one point of the FID curve each, and 16 x 2 bytes of disk per average and weight."""
     guide_fraction: float = 0.2
     """Part of training after which the averages are kept, once, as a guide for sampling (autoguidance); the one of the
-    generator's width goes into generator/guide. Costs 2 bytes of disk per average and weight, and 2 per weight. 0 keeps
-    none."""
+    generator's width goes into generator/guide. Costs 2 bytes of disk per average and weight, and 2 more per weight. 0
+    keeps none."""
     mixed_precision: Precision | None = None
     """Autocast precision; weights stay float32. Default: what `accelerate launch` was given, otherwise bf16 where the
     hardware is fast at it."""

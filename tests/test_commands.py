@@ -246,7 +246,7 @@ def test_a_run_begun_before_guides_were_kept_is_finished_and_samples(
     config.write_text(re.sub(r"^guide_fraction: .*\n", "", config.read_text(), flags=re.MULTILINE))
     assert run_train(own_run) == 0
     told = capsys.readouterr().out
-    assert f"no guide:    {own_run / 'checkpoints' / 'step-00000008'} is past step 2, where it is kept" in told
+    assert f"no guide:    {own_run / 'checkpoints' / 'step-00000008'} is past step 2, after which one is kept" in told
     assert not (own_run / "generator" / "guide").exists()
     card = (own_run / "generator" / "README.md").read_text()
     assert "guide/" not in card and "| guide | none |" in card

@@ -1,4 +1,4 @@
-"""The guide that a training keeps of itself: when, whatever stops the run, and what a generator does with it."""
+"""The guide that a training keeps of itself: of which step, and whatever stops the run."""
 
 from __future__ import annotations
 
@@ -13,21 +13,17 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
-from test_generator import CONFIG, CPU, checkpoint_of, generator, random_unet  # noqa: F401
+from test_generator import CONFIG, CPU
 
 from ddgen.autoencoder.autoencoder import wrap
 from ddgen.autoencoder.latents import LatentCache
 from ddgen.autoencoder.patch_autoencoder import PatchAutoencoderKL
 from ddgen.commands.estimate import estimate_bytes
-from ddgen.commands.generators import HONOURED
-from ddgen.commands.own_generator import own_generator
-from ddgen.config import MonitorConfig, OptimizerConfig, RunConfig, SampleConfig, TrainConfig, parse
-from ddgen.diffusion import generator as generators
+from ddgen.config import MonitorConfig, OptimizerConfig, RunConfig, TrainConfig, parse
 from ddgen.diffusion import report
-from ddgen.diffusion.generator import Generator, KeptGuide, load_generator, save_generator
+from ddgen.diffusion.generator import Generator
 from ddgen.diffusion.kept_guide import GUIDE_NAME, is_missed, kept_guide
 from ddgen.diffusion.training import train_diffusion
-from ddgen.distill.pool import short_hash
 from ddgen.errors import UserError
 from ddgen.resume import Keeper
 
@@ -76,9 +72,6 @@ def train(tmp_path: Path, forget_accelerator: Callable[[], None], monkeypatch: p
 
 def checkpoint(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step-{step:08d}"
-
-
-# --- keeping
 
 
 def test_the_averages_of_the_step_are_kept_wherever_the_run_was_killed(train: Train, tmp_path: Path) -> None:
@@ -154,93 +147,3 @@ def test_the_step_of_a_fraction(fraction: float, steps: int, step: int) -> None:
 def test_a_guide_as_good_as_its_generator_is_refused() -> None:
     with pytest.raises(UserError, match=r"--guide_fraction 1\.0: give 0 to 0\.9"):
         parse(TrainConfig, ["--guide_fraction", "1"], "train_ldm.py")
-
-
-# --- using
-
-
-def kept(seed: int = 3) -> KeptGuide:
-    return KeptGuide(random_unet(seed).half(), 940, 4700, 0.1)
-
-
-def test_auto_none_and_a_path_are_three_different_guides(generator: Generator, tmp_path: Path) -> None:  # noqa: F811
-    folder, guide = tmp_path / "run" / "generator", kept()
-    save_generator(generator, folder, "card", guide=guide)
-    path = checkpoint_of(generator, tmp_path / "run")
-    own, without, other = (own_generator(SampleConfig(guide=g), folder, CPU, "no") for g in ("auto", "none", str(path)))
-    assert own.guide is not None and without.guide is None and other.guide is not None
-    expected = guide.unet.state_dict()
-    assert all(torch.equal(value, expected[name].float()) for name, value in own.guide.unet.state_dict().items())
-    assert len({short_hash(one.settings()) for one in (own, without, other)}) == 3  # pools of their own
-    assert without.settings() == load_generator(folder, CPU, "no").settings()  # as before there were guides
-    told = [one.describe()["guidance"].split(" (fingerprint ")[0] for one in (own, without, other)]
-    assert told == [
-        "2 in 0.3 to 0.85, away from its own weights after 940 of 4,700 steps",
-        "2 in 0.3 to 0.85, away from the model without a class",
-        "2 in 0.3 to 0.85, away from step-00000007",
-    ]
-    labels = torch.arange(8) % 3
-    images = [one.sample(labels, torch.arange(8), 0).int() for one in (own, without, other)]
-    assert all((a - b).abs().float().mean() > 1 for a, b in zip(images, [*images[1:], images[0]], strict=True))
-    by_hand = replace(without, guide=replace(own.guide, unet=random_unet(3).half().float()))
-    assert (by_hand.sample(labels, torch.arange(8), 0).int() - images[0]).abs().max() <= 1
-    coarse = own_generator(SampleConfig(guide="auto"), folder, CPU, "bf16").guide
-    assert coarse is not None and coarse.unet.dtype == torch.bfloat16 and coarse.fingerprint == own.guide.fingerprint
-
-
-def test_a_generator_without_a_guide_samples_as_it_did(generator: Generator, tmp_path: Path) -> None:  # noqa: F811
-    save_generator(generator, tmp_path / "generator", "card")
-    auto, without = (own_generator(SampleConfig(guide=g), tmp_path / "generator", CPU, "no") for g in ("auto", "none"))
-    assert auto.settings() == without.settings() and auto.guide is None
-    labels = torch.arange(3)
-    assert torch.equal(auto.sample(labels, labels, 0), generator.sample(labels, labels, 0))
-
-
-def test_without_guidance_no_guide_is_loaded(generator: Generator, tmp_path: Path) -> None:  # noqa: F811
-    save_generator(generator, tmp_path / "generator", "card", guide=kept())
-    found = own_generator(SampleConfig(guide="auto", guidance_scale=1.0), tmp_path / "generator", CPU, "no")
-    assert found.guide is None and found.describe()["guidance"] == "none"
-
-
-def test_a_damaged_guide_is_named(generator: Generator, tmp_path: Path) -> None:  # noqa: F811
-    folder = tmp_path / "generator"
-    save_generator(generator, folder, "card", guide=kept())
-    weights = folder / "guide" / "diffusion_pytorch_model.safetensors"
-    for damage in (lambda: weights.write_bytes(b"half"), (folder / "guide" / "guide.json").unlink):
-        damage()
-        with pytest.raises(UserError) as error:
-            own_generator(SampleConfig(guide="auto"), folder, CPU, "no")
-        assert str(error.value).startswith(f"--guide auto: {folder / 'guide'}: damaged (")
-        assert "\n" not in str(error.value)
-    assert own_generator(SampleConfig(guide="none"), folder, CPU, "no").guide is None
-
-
-def test_a_pipeline_of_others_honours_no_path() -> None:
-    assert {"auto", "none"} <= set(HONOURED) and SampleConfig().guide in HONOURED
-
-
-# --- what a generator is
-
-
-def test_weights_are_hashed_once(
-    generator: Generator,  # noqa: F811
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    save_generator(generator, tmp_path / "generator", "card", guide=kept())
-    hashed: list[object] = []
-    add_weights = generators.add_weights
-
-    def counting(digest: object, network: torch.nn.Module) -> None:
-        hashed.append(network)
-        add_weights(digest, network)
-
-    monkeypatch.setattr(generators, "add_weights", counting)
-    for precision in ("no", "bf16"):
-        hashed.clear()
-        loaded = own_generator(SampleConfig(guide="auto"), tmp_path / "generator", CPU, precision)
-        for _ in range(2):
-            loaded.settings(), loaded.describe(), loaded.with_sampling(guidance_scale=3.0).settings()
-        assert len(hashed) == 1
-        assert loaded.fingerprint() == generator.fingerprint()
-        assert loaded.autoencoder.stored_fingerprint == generator.autoencoder.fingerprint()

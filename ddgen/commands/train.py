@@ -88,7 +88,8 @@ def _train(config: TrainConfig, folder: RunFolder, accelerator: Accelerator, pre
         done = checkpoint_step(folder.resume_from) if folder.resume_from is not None else 0
         say(f"going on with {output_dir} at step {done:,} of {last:,}")
     if folder.resume_from is not None and is_missed(config.optimizer, output_dir, folder.resume_from):
-        say(f"no guide:    {folder.resume_from} is past step {config.optimizer.guide_step:,}, where it is kept")
+        kept_at = config.optimizer.guide_step
+        say(f"no guide:    {folder.resume_from} is past step {kept_at:,}, after which one is kept, and there is none")
     dataset = load_on_all(accelerator, config.data, "train")
     check_same_images(output_dir, dataset)
     given = check_training(config, dataset, accelerator, precision)

@@ -80,12 +80,12 @@ def own_guide(folder: Path, generator: Generator) -> Guide | None:
         return None
     try:
         facts = read_json(path / "guide.json")
+        name = f"its own weights after {facts['step']:,} of {facts['max_train_steps']:,} steps"
         unet = UNet2DModel.from_pretrained(path, use_safetensors=True, torch_dtype=torch.float32)
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(
             f"--guide auto: {path}: damaged ({_one_line(error)}); copy the generator again, or use --guide none"
         ) from None
-    name = f"its own weights after {facts['step']:,} of {facts['max_train_steps']:,} steps"
     return _guide(unet, generator, name)
 
 
