@@ -8,7 +8,7 @@ but themselves, and measures them as the FID curve does. Two studies:
 - samplers: Fréchet distance against evaluations of the denoiser per image, without guidance, for every sampler; and
   the stock way, 50 steps of DDIM guided at every one.
 - guidance: distance, precision, recall, coverage and the accuracy of students (protocol `rded`) against the guidance
-  scale, everywhere and inside the run's interval, and by a guide (`--guide_checkpoint`) where one is given.
+  scale, everywhere and inside the run's interval, and by a guide (`--guide`) where there is one.
 
 Into --output_dir go results.jsonl, samplers.md and samplers.png, guidance.md and guidance.png. The same command goes on
 where it was stopped.
@@ -37,8 +37,8 @@ from ddgen.commands.runs import find_run, load_on_all, read_run_config, start_ac
 from ddgen.commands.train_curve import monitor_of_run
 from ddgen.config import FAST, GuidanceConfig
 from ddgen.data import ImageDataset
-from ddgen.diffusion.autoguidance import load_guide
-from ddgen.diffusion.generator import Generator, load_generator
+from ddgen.diffusion.autoguidance import find_guide
+from ddgen.diffusion.generator import Generator, Guide, load_generator
 from ddgen.diffusion.samplers import num_evaluations
 from ddgen.distill.select import select_most_realistic, select_random
 from ddgen.errors import UserError
@@ -75,8 +75,8 @@ class Settings:
     """Sampler of the guidance study."""
     guidance_steps: int = 10
     """Its steps."""
-    guide_checkpoint: str | None = None
-    """A weaker generator that guides, as sample.py takes it."""
+    guide: str = "auto"
+    """What guides in the rows "by the guide": `auto`, `none` or a path, as sample.py takes it."""
     num_images: int = 2000
     """Images of every setting."""
     batch_size: int = 125
@@ -101,6 +101,7 @@ class Bench:
 
     settings: Settings
     generator: Generator
+    guide: Guide | None
     observer: Observer
     monitor: DistanceMonitor
     test: ImageDataset | None
@@ -123,7 +124,7 @@ def _main(settings: Settings) -> int:
     root = Path(settings.output_dir or run_dir / "samplers")
     bench = _open(settings, run_dir, root)
     done = _read(root / "results.jsonl")
-    for name, changes in _wanted(settings, bench.generator):
+    for name, changes in _wanted(settings, bench):
         if name in done:
             continue
         done[name] = _measure(bench, name, changes)
@@ -146,7 +147,8 @@ def _open(settings: Settings, run_dir: Path, root: Path) -> Bench:
     extractor = choose_extractor(config.monitor.fd_network, config.monitor.inception_weights)
     root.mkdir(parents=True, exist_ok=True)
     monitor = monitor_of_run(measured, train, observer, extractor, root, accelerator)
-    return Bench(settings, generator, observer, monitor, test, config.data.may_flip, precision)
+    guide = find_guide(settings.guide, run_dir / "generator", generator)
+    return Bench(settings, generator, guide, observer, monitor, test, config.data.may_flip, precision)
 
 
 def _some(test: ImageDataset, settings: Settings) -> ImageDataset:
@@ -155,8 +157,9 @@ def _some(test: ImageDataset, settings: Settings) -> ImageDataset:
     return replace(test, pixels=test.pixels[rows], labels=test.labels[rows])
 
 
-def _wanted(settings: Settings, generator: Generator) -> list[tuple[str, dict[str, Any]]]:
+def _wanted(settings: Settings, bench: Bench) -> list[tuple[str, dict[str, Any]]]:
     """Returns the name and the sampling settings of everything to measure."""
+    generator = bench.generator
     wanted: list[tuple[str, dict[str, Any]]] = []
     if "samplers" in settings.studies:
         for sampler in settings.samplers:
@@ -180,9 +183,9 @@ def _wanted(settings: Settings, generator: Generator) -> list[tuple[str, dict[st
                 if scale != 1 or where == "inside":
                     changes = {**shared, "guidance_scale": scale, "guidance_interval": interval, "students": True}
                     wanted.append((f"guidance {scale:g} {where}", changes))
-            if settings.guide_checkpoint is not None and scale != 1:
+            if bench.guide is not None and scale != 1:
                 changes = {**shared, "guidance_scale": scale, "guidance_interval": inside, "students": True}
-                wanted.append((f"guidance {scale:g} by the guide", {**changes, "guide": settings.guide_checkpoint}))
+                wanted.append((f"guidance {scale:g} by the guide", {**changes, "guide": bench.guide.fingerprint}))
     return wanted
 
 
@@ -192,7 +195,7 @@ def _measure(bench: Bench, name: str, changes: dict[str, Any]) -> Result:
     sampling = {key: value for key, value in changes.items() if key not in ("students", "guide")}
     generator = bench.generator.with_sampling(**sampling)
     if "guide" in changes:
-        generator = replace(generator, guide=load_guide(Path(changes["guide"]), generator))
+        generator = replace(generator, guide=bench.guide)
     classes = len(generator.class_names)
     labels = torch.arange(settings.num_images) % classes
     indices = torch.arange(settings.num_images) // classes

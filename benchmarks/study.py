@@ -9,8 +9,8 @@ Every repeat has pools of its own, so the spread is of candidates and students t
 - labels: every kind of label for what `realism` keeps.
 
 Pools: `crops` are RDED's, the best of five crops of each of 300 real images a class; `whole` are 300 whole real images;
-`generated` are 300 candidates of the run's generator as it samples, `unguided` without guidance, `autoguided` with
---guide_checkpoint, and `steered` with --modes. Into --output_dir go results-*.jsonl, and selection.md, labels.md and
+`generated` are 300 candidates of the run's generator with classifier-free guidance, `unguided` without, `autoguided` with
+--guide, and `steered` with --modes. Into --output_dir go results-*.jsonl, and selection.md, labels.md and
 their pictures. The same command goes on where it was stopped.
 """
 
@@ -87,8 +87,8 @@ class Settings:
     """Pools and students of every row."""
     pool_size: int = 300
     """Candidates of each class."""
-    guide_checkpoint: str | None = None
-    """A weaker generator for the pool `autoguided`, as sample.py takes it."""
+    guide: str = "auto"
+    """What guides the pool `autoguided`, as sample.py takes it."""
     modes: int = 10
     """Modes of `steered`."""
     seed: int = 0
@@ -151,7 +151,7 @@ class Study:
 
     def identity(self) -> dict[str, Any]:
         """Returns what results must share to stand in one table, as JSON."""
-        asked = {name: getattr(self.settings, name) for name in ("pool_size", "guide_checkpoint", "modes", "seed")}
+        asked = {name: getattr(self.settings, name) for name in ("pool_size", "guide", "modes", "seed")}
         return {
             **asked,
             "observer": self.observer.fingerprint,
@@ -273,13 +273,11 @@ class Study:
 
     def _draw(self, pool: Pool, repeat: int, classes: list[int]) -> None:
         settings = self.settings
-        config = SampleConfig(run_dir=str(self.run_dir), seed=derive(settings.seed, "pool", repeat))
+        config = SampleConfig(run_dir=str(self.run_dir), seed=derive(settings.seed, "pool", repeat), guide="none")
         if pool == "unguided":
             config = replace(config, guidance_scale=1.0)
         if pool == "autoguided":
-            if settings.guide_checkpoint is None:
-                raise UserError("--pools autoguided: name the weaker generator by --guide_checkpoint")
-            config = replace(config, guide_checkpoint=settings.guide_checkpoint)
+            config = replace(config, guide=settings.guide)
         if pool == "steered":
             config = replace(config, modes=settings.modes)
         source = candidate_source(config, self.run_dir, self.accelerator, self.precision)

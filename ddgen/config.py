@@ -165,12 +165,21 @@ class OptimizerConfig:
     posthoc_ema_stds: tuple[float, ...] = ()
     """Further widths that are put together after training from 16 snapshots of the averages, and compete by FD. Costs
     one point of the FID curve each, and 16 x 2 bytes of disk per average and weight."""
+    guide_fraction: float = 0.2
+    """Part of training after which the averages are kept, once, as a guide for sampling (autoguidance); the one of the
+    generator's width goes into generator/guide. Costs 2 bytes of disk per average and weight, and 2 more per weight. 0
+    keeps none."""
     mixed_precision: Precision | None = None
     """Autocast precision; weights stay float32. Default: what `accelerate launch` was given, otherwise bf16 where the
     hardware is fast at it."""
     torch_compile: bool | None = None
     """Compile the denoiser for training, which costs a minute or more at the start. Default: on a GPU, but not under
     FSDP."""
+
+    @property
+    def guide_step(self) -> int:
+        """Optimizer steps after which the guide is kept; 0 for none."""
+        return max(1, round(self.guide_fraction * self.max_train_steps)) if self.guide_fraction else 0
 
     def compiles_on(self, device_type: str) -> bool:
         """Whether training compiles the denoiser on this type of device."""
@@ -210,7 +219,7 @@ class GuidanceConfig:
     """Sampler steps, 1 to 1000. A step asks the denoiser once; one of heun, but for the last, twice. Default: 8 of
     unipc, 50 of ddim, 15 of the others."""
     guidance_scale: float = 1.5
-    """Classifier-free guidance; 1 is none."""
+    """How far guidance goes away from the worse model, whichever --guide of sample.py names; 1 is no guidance."""
     guidance_interval: tuple[float, float] = (0.30, 0.85)
     """Part of the noise levels, 0 clean to 1 noise in the schedule's time, in which guidance acts."""
     sampler: Sampler = "unipc"
@@ -336,13 +345,14 @@ class SampleConfig:
     """Sampler steps. Default: the run's; with another --sampler, that one's own: 8 of unipc, 50 of ddim, 15 of the
     others."""
     guidance_scale: float | None = None
-    """Classifier-free guidance. Default: the run's."""
+    """How far guidance goes away from what --guide names; 1 is no guidance. Default: the run's."""
     guidance_interval: tuple[float, float] | None = None
     """Noise levels in which guidance acts. Default: the run's."""
     sampler: Sampler | None = None
     """Solver. Default: the run's."""
     eta: float | None = None
     """Fresh noise in every step of ddim, 0 to 1. Default: the run's."""
+<<<<<<< HEAD
     guide_checkpoint: str | None = None
     """Guide away from a worse model of the same latents and classes (autoguidance) instead of from the model without a
     class: folder of a generator, of a run, or of an earlier checkpoint, checkpoints/step-* ."""
@@ -355,6 +365,12 @@ class SampleConfig:
     """Push of a candidate away from the modes of the others, which 1 makes Bayes' rule for a mixture of clusters."""
     steer_until: float = 0.5
     """Noise level, 0 clean to 1 noise in the schedule's time, at and below which nothing is steered."""
+=======
+    guide: str = "auto"
+    """What guidance goes away from. `none`: the model without a class (classifier-free guidance). `auto`: the guide
+    that training kept in the generator's folder (autoguidance); where there is none, as `none`. Or a path to a worse
+    model of the same latents and classes: folder of a generator, of a run, or of a checkpoint, checkpoints/step-* ."""
+>>>>>>> guide
     torch_compile: bool | None = None
     """Compile the denoiser for sampling, which costs a minute or more at the start. Default: on a GPU."""
     sample_batch_size: int | None = None
@@ -589,6 +605,7 @@ RANGES: dict[str, tuple[float, float]] = {
         "mode_strength", "steer_until",
     )},
     "observer_holdout": (0.001, 0.9),
+    "guide_fraction": (0, 0.9),  # what is trained as long as the generator guides nowhere
     "fid_num_images": (6, math.inf),  # neighbours are counted up to the fifth
     "ema_stds": (0.005, 0.25),
     "posthoc_ema_stds": (0.03, 0.25),

@@ -174,7 +174,8 @@ def test_batch_size_does_not_change_the_images(own_run: Path, tmp_path: Path) ->
 
 def test_a_kept_pool_is_not_sampled_again(own_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = ["--run_dir", str(own_run), "--mixed_precision", "no", "--keep_pool"]
-    assert sample.main([*args, "--ipc", "2", "--output_dir", str(tmp_path / "a")]) == 0
+    everything = ["--ipc", "8", "--candidates_per_image", "1"]
+    assert sample.main([*args, *everything, "--output_dir", str(tmp_path / "a")]) == 0
 
     def never(*_: object, **__: object) -> None:
         raise AssertionError("sampled again")
@@ -182,7 +183,7 @@ def test_a_kept_pool_is_not_sampled_again(own_run: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr("ddgen.diffusion.generator.Generator.sample", never)
     assert sample.main([*args[:-1], "--ipc", "1", "--output_dir", str(tmp_path / "b")]) == 0
     large, small = DistilledDataset.load(tmp_path / "a"), DistilledDataset.load(tmp_path / "b")
-    assert len(small) == 3 and len(large) == 6
+    assert len(small) == 3 and len(large) == 24
     assert all((large.pixels == image).flatten(1).all(1).any() for image in small.pixels)
     assert list((own_run / "pool").iterdir())  # it was kept on purpose, so it stays
 
@@ -207,6 +208,51 @@ def test_a_smaller_request_leaves_the_unfinished_larger_one_alone(own_run: Path,
     assert pool.is_dir()
     assert sample.main([*args, "--ipc", "2", "--output_dir", str(tmp_path / "c")]) == 0
     assert not pool.exists()
+
+
+# --- guidance
+
+
+def test_sample_says_what_it_guides_away_from_and_writes_it_down(
+    own_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    guide = own_run / "generator" / "guide"
+    assert json.loads((guide / "guide.json").read_text())["step"] == 2  # a fifth of 8, to the next step
+    average = load_file(own_run / "guide.safetensors")
+    std = json.loads((own_run / "generator" / "model_index.json").read_text())["ema_std"]
+    for name, value in load_file(guide / "diffusion_pytorch_model.safetensors").items():
+        assert value.dtype == torch.float16 and torch.equal(value, average[f"{std}/{name}"])
+    assert "`guide/` holds its own weights after 2 of 8 steps." in (own_run / "generator" / "README.md").read_text()
+    args = ["--run_dir", str(own_run), "--ipc", "1", "--mixed_precision", "no"]
+    away = {"auto": "its own weights after 2 of 8 steps (fingerprint ", "none": "the model without a class"}
+    fingerprints = {}
+    for choice, told in away.items():
+        capsys.readouterr()
+        out = own_run / "distilled" / choice
+        assert sample.main([*args, "--guide", choice, "--output_dir", str(out)]) == 0
+        line = rf"^guidance +1\.5 in 0\.3 to 0\.85, away from {re.escape(told)}"
+        assert re.search(line, capsys.readouterr().out, re.MULTILINE)
+        assert f"away from {told}" in (out / "README.md").read_text()
+        fingerprints[choice] = DistilledDataset.load(out).provenance["candidates"]["guide"]
+    assert fingerprints["none"] is None and fingerprints["auto"] is not None
+
+
+def test_a_run_begun_before_guides_were_kept_is_finished_and_samples(
+    own_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(own_run / "generator")
+    (own_run / "guide.safetensors").unlink()
+    config = own_run / "config.yaml"
+    config.write_text(re.sub(r"^guide_fraction: .*\n", "", config.read_text(), flags=re.MULTILINE))
+    assert run_train(own_run) == 0
+    told = capsys.readouterr().out
+    assert f"no guide:    {own_run / 'checkpoints' / 'step-00000008'} is past step 2, after which one is kept" in told
+    assert not (own_run / "generator" / "guide").exists()
+    card = (own_run / "generator" / "README.md").read_text()
+    assert "guide/" not in card and "| guide | none |" in card
+    args = ["--run_dir", str(own_run), "--ipc", "1", "--mixed_precision", "no", "--guide", "auto"]
+    assert sample.main([*args, "--output_dir", str(own_run / "distilled" / "set")]) == 0
+    assert "away from the model without a class" in capsys.readouterr().out
 
 
 # --- batches

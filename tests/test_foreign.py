@@ -578,6 +578,7 @@ def test_a_wrong_class_map_is_refused_before_the_pool_is_made(
     ("extra", "expected"),
     [
         (["--guidance_interval", "0.2", "0.8"], "--guidance_interval: only ddgen's own generators have it"),
+        (["--guide", "runs/small"], "--guide: only ddgen's own generators have it"),
         (["--eta", "0.5"], "--eta: only ddgen's own generators have it"),
         (["--modes", "auto"], "--modes: only ddgen's own generators have it"),
         (["--prompt", "a {class}"], "takes class labels, not text"),

@@ -23,15 +23,17 @@ from ddgen.autoencoder.patch_autoencoder import PatchAutoencoderKL
 from ddgen.checkpoint import read_json, write_json
 from ddgen.commands.own_generator import own_generator
 from ddgen.config import FAST, DenoiserConfig, GuidanceConfig, OptimizerConfig, SampleConfig
+from ddgen.diffusion import generator as generators
 from ddgen.diffusion.autoguidance import load_guide
 from ddgen.diffusion.ema import PowerEMA
-from ddgen.diffusion.generator import Generator, check_sampling, load_generator, save_generator
+from ddgen.diffusion.generator import Generator, KeptGuide, check_sampling, load_generator, save_generator
 from ddgen.diffusion.guidance import guided_denoiser
 from ddgen.diffusion.objective import build_scheduler
 from ddgen.diffusion.pipeline import LatentDiffusionPipeline
 from ddgen.diffusion.run import TrainingRun
 from ddgen.diffusion.samplers import Schedule, solve
 from ddgen.diffusion.unet import build_unet, with_contiguous_attention
+from ddgen.distill.pool import short_hash
 from ddgen.errors import UserError
 from ddgen.precision import memory_format
 from ddgen.resume import Checkpoints
@@ -53,6 +55,10 @@ def random_unet(seed: int, *, channels: int = 4, size: int = 4, num_classes: int
             torch.nn.init.normal_(parameter, std=0.05)
     torch.nn.init.normal_(unet.class_embedding.weight)
     return unet.eval().requires_grad_(False)
+
+
+def kept(seed: int = 3) -> KeptGuide:
+    return KeptGuide(random_unet(seed).half(), 940, 4700, 0.1)
 
 
 @pytest.fixture
@@ -136,7 +142,8 @@ def test_settings_are_json_and_tell_every_difference(generator: Generator) -> No
     settings.append(replace(generator, guide=None, precision="bf16").settings())
     assert len({json.dumps(one, sort_keys=True) for one in settings}) == len(settings)
     rows = generator.with_sampling(sampler="heun").describe()
-    assert rows["sampler"] == "heun, 6 steps of together 11 evaluations" and rows["guidance"] == "2 in 0.3 to 0.85"
+    assert rows["sampler"] == "heun, 6 steps of together 11 evaluations"
+    assert rows["guidance"] == "2 in 0.3 to 0.85, away from the model without a class"
     assert generator.with_sampling(guidance_scale=1.0).describe()["guidance"] == "none"
     assert generator.with_sampling(eta=0.5).describe()["sampler"] == "ddim with eta 0.5, 6 steps"
 
@@ -236,9 +243,10 @@ def test_generators_load_and_sample_without_ddgen(generator: Generator, tmp_path
         replace(generator, scheduler=scheduler_of("flow_prediction")),
         replace(generator, unet=random_unet(0, channels=3, size=16), autoencoder=pixels),
     ]
+    guides = [kept(), None, None]  # the pipeline samples without it
     folders = [tmp_path / f"generator-{number}" for number in range(len(cases))]
-    for case, folder in zip(cases, folders, strict=True):
-        save_generator(case, folder, "card")
+    for case, folder, guide in zip(cases, folders, guides, strict=True):
+        save_generator(case, folder, "card", guide=guide)
     for case, images in zip(cases, images_without_ddgen(folders, tmp_path), strict=True):
         shape = (case.unet.config.in_channels, case.unet.config.sample_size, case.unet.config.sample_size)
         noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in range(3)])
@@ -266,6 +274,30 @@ def test_a_folder_written_before_eta_loads(generator: Generator, tmp_path: Path)
     names = ("latents_mean", "latents_std", "class_names", "image_size", "sampling")
     old = LatentDiffusionPipeline(generator.unet, vae, scheduler, **{name: index[name] for name in names})
     assert old(["bee", 2], output_type="pt").images.shape == (2, 3, 16, 16)
+
+
+def test_weights_are_hashed_once(
+    generator: Generator,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    save_generator(generator, tmp_path / "generator", "card", guide=kept())
+    hashed: list[object] = []
+    add_weights = generators.add_weights
+
+    def counting(digest: object, network: torch.nn.Module) -> None:
+        hashed.append(network)
+        add_weights(digest, network)
+
+    monkeypatch.setattr(generators, "add_weights", counting)
+    for precision in ("no", "bf16"):
+        hashed.clear()
+        loaded = own_generator(SampleConfig(guide="auto"), tmp_path / "generator", CPU, precision)
+        for _ in range(2):
+            loaded.settings(), loaded.describe(), loaded.with_sampling(guidance_scale=3.0).settings()
+        assert len(hashed) == 1
+        assert loaded.fingerprint() == generator.fingerprint()
+        assert loaded.autoencoder.stored_fingerprint == generator.autoencoder.fingerprint()
 
 
 # --- the guide
@@ -325,6 +357,58 @@ def test_the_guide_stays_out_of_the_exported_folder(generator: Generator, tmp_pa
     assert read_json(tmp_path / "plain" / "model_index.json") == read_json(tmp_path / "guided" / "model_index.json")
 
 
+def test_auto_none_and_a_path_are_three_different_guides(generator: Generator, tmp_path: Path) -> None:
+    folder, guide = tmp_path / "run" / "generator", kept()
+    save_generator(generator, folder, "card", guide=guide)
+    path = checkpoint_of(generator, tmp_path / "run")
+    own, without, other = (own_generator(SampleConfig(guide=g), folder, CPU, "no") for g in ("auto", "none", str(path)))
+    assert own.guide is not None and without.guide is None and other.guide is not None
+    expected = guide.unet.state_dict()
+    assert all(torch.equal(value, expected[name].float()) for name, value in own.guide.unet.state_dict().items())
+    assert len({short_hash(one.settings()) for one in (own, without, other)}) == 3  # pools of their own
+    assert without.settings() == load_generator(folder, CPU, "no").settings()  # as before there were guides
+    told = [one.describe()["guidance"].split(" (fingerprint ")[0] for one in (own, without, other)]
+    assert told == [
+        "2 in 0.3 to 0.85, away from its own weights after 940 of 4,700 steps",
+        "2 in 0.3 to 0.85, away from the model without a class",
+        "2 in 0.3 to 0.85, away from step-00000007",
+    ]
+    labels = torch.arange(8) % 3
+    images = [one.sample(labels, torch.arange(8), 0).int() for one in (own, without, other)]
+    assert all((a - b).abs().float().mean() > 1 for a, b in zip(images, [*images[1:], images[0]], strict=True))
+    by_hand = replace(without, guide=replace(own.guide, unet=random_unet(3).half().float()))
+    assert (by_hand.sample(labels, torch.arange(8), 0).int() - images[0]).abs().max() <= 1
+    coarse = own_generator(SampleConfig(guide="auto"), folder, CPU, "bf16").guide
+    assert coarse is not None and coarse.unet.dtype == torch.bfloat16 and coarse.fingerprint == own.guide.fingerprint
+
+
+def test_a_generator_without_a_guide_samples_as_it_did(generator: Generator, tmp_path: Path) -> None:
+    save_generator(generator, tmp_path / "generator", "card")
+    auto, without = (own_generator(SampleConfig(guide=g), tmp_path / "generator", CPU, "no") for g in ("auto", "none"))
+    assert auto.settings() == without.settings() and auto.guide is None
+    labels = torch.arange(3)
+    assert torch.equal(auto.sample(labels, labels, 0), generator.sample(labels, labels, 0))
+
+
+def test_without_guidance_no_guide_is_loaded(generator: Generator, tmp_path: Path) -> None:
+    save_generator(generator, tmp_path / "generator", "card", guide=kept())
+    found = own_generator(SampleConfig(guide="auto", guidance_scale=1.0), tmp_path / "generator", CPU, "no")
+    assert found.guide is None and found.describe()["guidance"] == "none"
+
+
+def test_a_damaged_guide_is_named(generator: Generator, tmp_path: Path) -> None:
+    folder = tmp_path / "generator"
+    save_generator(generator, folder, "card", guide=kept())
+    weights = folder / "guide" / "diffusion_pytorch_model.safetensors"
+    for damage in (lambda: weights.write_bytes(b"half"), (folder / "guide" / "guide.json").unlink):
+        damage()
+        with pytest.raises(UserError) as error:
+            own_generator(SampleConfig(guide="auto"), folder, CPU, "no")
+        assert str(error.value).startswith(f"--guide auto: {folder / 'guide'}: damaged (")
+        assert "\n" not in str(error.value)
+    assert own_generator(SampleConfig(guide="none"), folder, CPU, "no").guide is None
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -338,7 +422,7 @@ def test_a_checkpoint_of_something_else_is_refused(
 ) -> None:
     with pytest.raises(UserError) as error:
         load_guide(checkpoint_of(generator, tmp_path / "run", **changes), generator)
-    assert str(error.value).startswith(f"--guide_checkpoint {tmp_path}") and message in str(error.value)
+    assert str(error.value).startswith(f"--guide {tmp_path}") and message in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -375,7 +459,7 @@ def test_what_is_no_guide_is_named(generator: Generator, tmp_path: Path) -> None
 def test_settings_of_sample_reach_the_generator(generator: Generator, tmp_path: Path) -> None:
     save_generator(generator, tmp_path / "run" / "generator", "card")
     guide = checkpoint_of(generator, tmp_path / "run")
-    config = SampleConfig(sampler="ddim", eta=0.5, num_inference_steps=3, guide_checkpoint=str(guide))
+    config = SampleConfig(sampler="ddim", eta=0.5, num_inference_steps=3, guide=str(guide))
     found = own_generator(config, tmp_path / "run" / "generator", CPU, "bf16")
     assert found.sampling == replace(generator.sampling, eta=0.5, num_inference_steps=3)
     assert found.guide is not None and found.guide.unet.dtype == torch.bfloat16 and found.compiled_batch_size is None

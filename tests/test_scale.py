@@ -189,6 +189,9 @@ def test_sharded_weights_train_like_whole_ones(by_one: Path, tmp_path: Path) -> 
     assert_same(tmp_path / "again", by_one)
     for folder in (tmp_path, tmp_path / "again"):
         assert (folder / "samples" / "step-00000006.png").is_file()
+    ours, theirs = (load_file(folder / "guide.safetensors") for folder in (tmp_path, by_one))
+    assert all(torch.allclose(ours[name].float(), theirs[name].float(), rtol=2e-3, atol=1e-5) for name in theirs)
+    assert (tmp_path / "again" / "guide.safetensors").read_bytes() == (by_one / "guide.safetensors").read_bytes()
 
 
 def test_two_machines_are_one_run_with_a_data_cache_each(tmp_path: Path) -> None:

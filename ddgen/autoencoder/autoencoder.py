@@ -80,8 +80,6 @@ class Autoencoder:
 
     def cast(self) -> Autoencoder:
         """Returns this autoencoder for sampling only: its weights themselves in the format that autocast casts to."""
-        if self.precision == "no":
-            return self
         fingerprint = self.fingerprint()
         return replace(self, vae=cast(self.vae, self.precision), precision="no", stored_fingerprint=fingerprint)
 

@@ -69,13 +69,17 @@ def estimate_seconds(
 
 
 def estimate_bytes(config: TrainConfig, dataset: ImageDataset, latent_shape: LatentShape, num_parameters: int) -> int:
-    """Returns what a run leaves on disk: checkpoints and the one being written, latents, snapshots, the generator."""
+    """Returns what a run leaves on disk: checkpoints and the one being written, latents, averages, the generator."""
     checkpoint = 4 * num_parameters * (1 + 2 + len(config.optimizer.ema_stds))  # weights, Adam's two moments, averages
     d, side = latent_shape
     latents = 2 * 2 * len(dataset) * (2 if config.data.may_flip else 1) * d * side * side  # mean and std, float16
     snapshots = NUM_SNAPSHOTS * 2 * num_parameters * len(config.optimizer.ema_stds)
     snapshots *= bool(config.optimizer.posthoc_ema_stds)
-    return checkpoint * (config.run.checkpoints_total_limit + 1) + latents + snapshots + 4 * num_parameters
+    generator = 4 * num_parameters
+    if config.optimizer.guide_step:
+        snapshots += 2 * num_parameters * len(config.optimizer.ema_stds)
+        generator += 2 * num_parameters
+    return checkpoint * (config.run.checkpoints_total_limit + 1) + latents + snapshots + generator
 
 
 def readable_minutes(seconds: float) -> str:

@@ -12,7 +12,7 @@ from ddgen.checkpoint import read_json
 from ddgen.commands.runs import command_line, versions
 from ddgen.config import TrainConfig
 from ddgen.data import ImageDataset
-from ddgen.diffusion.generator import Generator
+from ddgen.diffusion.generator import Generator, KeptGuide
 from ddgen.evaluation.curve import best_point
 from ddgen.hardware import device_name, number_format
 
@@ -43,7 +43,12 @@ def card_pictures(output_dir: Path) -> list[Path]:
 
 
 def render_model_card(
-    config: TrainConfig, dataset: ImageDataset, generator: Generator, output_dir: Path, precision: str
+    config: TrainConfig,
+    dataset: ImageDataset,
+    generator: Generator,
+    guide: KeptGuide | None,
+    output_dir: Path,
+    precision: str,
 ) -> str:
     """Writes the card.
 
@@ -51,16 +56,17 @@ def render_model_card(
         config: Settings of the run.
         dataset: The training images.
         generator: What the card is of.
+        guide: What travels with it.
         output_dir: The run folder: metrics, pictures, facts about the autoencoder.
         precision: Autocast precision of training, resolved.
     """
     sections = [
-        _header() + "\n" + _introduction(dataset, generator),
+        _header() + "\n" + _introduction(dataset, generator, guide),
         _pictures(config, card_pictures(output_dir)),
         _LOADING,
         "## Results\n\n" + _results(output_dir / "metrics.jsonl", generator),
         "## Data\n\n" + _data(config, dataset),
-        "## Recipe\n\n" + _recipe(config, dataset, generator, output_dir, precision),
+        "## Recipe\n\n" + _recipe(config, dataset, generator, guide, output_dir, precision),
         "## Limits\n\n" + _limits(dataset),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -77,13 +83,19 @@ def _header() -> str:
     return "---\n" + yaml.safe_dump(facts, sort_keys=False) + "---\n"
 
 
-def _introduction(dataset: ImageDataset, generator: Generator) -> str:
+def _introduction(dataset: ImageDataset, generator: Generator, guide: KeptGuide | None) -> str:
     sampling, size = generator.sampling, dataset.image_size
     low, high = sampling.guidance_interval
-    return f"""# Class-conditional diffusion model of {dataset.name}
+    text = f"""# Class-conditional diffusion model of {dataset.name}
 
 Makes {size} x {size} images of {dataset.num_classes} classes. Unless told otherwise it samples with {sampling.sampler},
 {sampling.steps} steps, guidance {sampling.guidance_scale:g} at noise levels {low:g} to {high:g}."""
+    if guide is None:
+        return text
+    return f"""{text}
+
+`guide/` holds its own weights after {guide.step:,} of {guide.max_train_steps:,} steps. `sample.py --guide auto` guides
+away from them (autoguidance); the pipeline in this folder guides away from the model without a class."""
 
 
 def _pictures(config: TrainConfig, pictures: list[Path]) -> str:
@@ -135,7 +147,14 @@ def _data(config: TrainConfig, dataset: ImageDataset) -> str:
     )
 
 
-def _recipe(config: TrainConfig, dataset: ImageDataset, generator: Generator, output_dir: Path, precision: str) -> str:
+def _recipe(
+    config: TrainConfig,
+    dataset: ImageDataset,
+    generator: Generator,
+    guide: KeptGuide | None,
+    output_dir: Path,
+    precision: str,
+) -> str:
     optim, unet, vae = config.optimizer, generator.unet, generator.autoencoder.vae
     million = sum(p.numel() for p in unet.parameters()) / 1e6
     widths = " ".join(map(str, unet.config.block_out_channels))
@@ -146,6 +165,7 @@ def _recipe(config: TrainConfig, dataset: ImageDataset, generator: Generator, ou
     prediction = generator.scheduler.config.get("prediction_type", "flow_prediction")
     sampling = config.denoiser.timestep_sampling.replace("_", "-")
     schedule = f"{optim.lr_warmup_steps} steps of warm-up, falling over the last {optim.lr_decay_fraction:.0%}"
+    kept = guide and f"relative width {guide.ema_std}, after {guide.step:,} of {guide.max_train_steps:,} steps, float16"
     rows = {
         "denoiser": f"UNet, {million:.1f}M parameters, widths {widths}, dropout {config.denoiser.unet_dropout:g}",
         "autoencoder": type(vae).__name__ + quality,
@@ -156,6 +176,7 @@ def _recipe(config: TrainConfig, dataset: ImageDataset, generator: Generator, ou
         "learning rate": f"{optim.learning_rate:g}, {schedule}",
         "weights kept": f"power-function average of relative width {generator.ema_std}",
         "averages made": ", ".join(map(str, optim.ema_stds)),
+        "guide": kept or "none",
         "numbers": number_format(unet.device, precision),
         "device": device_name(unet.device),
         "seed": str(config.run.seed),

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ddgen.config import FAST, STEPS, SampleConfig
-from ddgen.diffusion.autoguidance import load_guide
+from ddgen.diffusion.autoguidance import find_guide
 from ddgen.diffusion.generator import Generator, check_sampling, load_generator
 from ddgen.errors import UserError
 
@@ -38,12 +38,10 @@ def own_generator(config: SampleConfig, path: Path, device: torch.device, precis
         eta=config.eta,
     )
     check_sampling(generator.sampling, generator.scheduler.config.num_train_timesteps)
-    if config.guide_checkpoint is not None:
-        if generator.sampling.guidance_scale == 1:
-            raise UserError(
-                f"--guide_checkpoint {config.guide_checkpoint}: does nothing at --guidance_scale 1; give another scale"
-            )
-        generator = replace(generator, guide=load_guide(Path(config.guide_checkpoint), generator))
+    if generator.sampling.guidance_scale != 1:
+        generator = replace(generator, guide=find_guide(config.guide, path, generator))
+    elif config.guide not in ("auto", "none"):
+        raise UserError(f"--guide {config.guide}: does nothing at --guidance_scale 1; give another scale")
     batch_size = config.batch_size_on(device.type)
     if batch_size is not None and config.compiles_on(device.type):
         generator = generator.compiled(batch_size)

@@ -47,6 +47,7 @@ from ddgen.config import (
 )
 from ddgen.data import ImageDataset, split_holdout
 from ddgen.diffusion.generator import save_generator
+from ddgen.diffusion.kept_guide import is_missed, kept_guide
 from ddgen.diffusion.training import train_diffusion
 from ddgen.errors import Stopped, UserError
 from ddgen.evaluation.curve import best_point
@@ -86,6 +87,9 @@ def _train(config: TrainConfig, folder: RunFolder, accelerator: Accelerator, pre
     if folder.goes_on:
         done = checkpoint_step(folder.resume_from) if folder.resume_from is not None else 0
         say(f"going on with {output_dir} at step {done:,} of {last:,}")
+    if folder.resume_from is not None and is_missed(config.optimizer, output_dir, folder.resume_from):
+        kept_at = config.optimizer.guide_step
+        say(f"no guide:    {folder.resume_from} is past step {kept_at:,}, after which one is kept, and there is none")
     dataset = load_on_all(accelerator, config.data, "train")
     check_same_images(output_dir, dataset)
     given = check_training(config, dataset, accelerator, precision)
@@ -129,9 +133,10 @@ def _train(config: TrainConfig, folder: RunFolder, accelerator: Accelerator, pre
         on_metrics=partial(draw_curve, monitor, output_dir),
     )
     if accelerator.is_main_process:
-        pictures = card_pictures(output_dir)
-        card = render_model_card(config, dataset, generator, output_dir, precision)
-        save_generator(generator, output_dir / "generator", card, pictures=pictures, replace_existing=True)
+        guide, pictures = kept_guide(config.optimizer, output_dir, generator), card_pictures(output_dir)
+        card = render_model_card(config, dataset, generator, guide, output_dir, precision)
+        path = output_dir / "generator"
+        save_generator(generator, path, card, guide=guide, pictures=pictures, replace_existing=True)
     accelerator.wait_for_everyone()
     say(f"generator:   {output_dir / 'generator'}")
     best = best_point(output_dir / "metrics.jsonl") if fid_every and accelerator.is_main_process else None

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from ddgen.checkpoint import read_json
 from ddgen.config import DenoiserConfig
-from ddgen.diffusion.generator import Generator, Guide, add_weights, load_generator
+from ddgen.diffusion.generator import GUIDE_DIR, Generator, Guide, add_weights, load_generator
 from ddgen.diffusion.objective import build_scheduler
 from ddgen.diffusion.samplers import Schedule
-from ddgen.diffusion.unet import build_unet
+from ddgen.diffusion.unet import build_unet, with_contiguous_attention
 from ddgen.errors import UserError
 from ddgen.precision import cast, memory_format
 
@@ -46,6 +46,49 @@ class Nature:
     statistics: Tensor | None = None
 
 
+def find_guide(guide: str, folder: Path, generator: Generator) -> Guide | None:
+    """Returns what a generator is to be guided away from.
+
+    Args:
+        guide: `none`, `auto` or a path, as --guide takes it.
+        folder: Where the generator is from.
+        generator: What is to be guided.
+
+    Returns:
+        None for the model without a class (classifier-free guidance).
+
+    Raises:
+        UserError: What is named is no guide of this generator.
+    """
+    if guide == "none":
+        return None
+    return own_guide(folder, generator) if guide == "auto" else load_guide(Path(guide).expanduser(), generator)
+
+
+def own_guide(folder: Path, generator: Generator) -> Guide | None:
+    """Loads the guide that travels with a generator; None if none does.
+
+    Args:
+        folder: The generator's.
+        generator: Loaded from there.
+
+    Raises:
+        UserError: It is damaged.
+    """
+    path = folder / GUIDE_DIR
+    if not path.is_dir():
+        return None
+    try:
+        facts = read_json(path / "guide.json")
+        name = f"its own weights after {facts['step']:,} of {facts['max_train_steps']:,} steps"
+        unet = UNet2DModel.from_pretrained(path, use_safetensors=True, torch_dtype=torch.float32)
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        raise UserError(
+            f"--guide auto: {path}: damaged ({_one_line(error)}); copy the generator again, or use --guide none"
+        ) from None
+    return _guide(unet, generator, name)
+
+
 def load_guide(path: Path, generator: Generator) -> Guide:
     """Loads a guide for a generator, on its device and in its number format.
 
@@ -62,20 +105,27 @@ def load_guide(path: Path, generator: Generator) -> Guide:
         folder = path if (path / "model_index.json").is_file() else path / "generator"
         if not (folder / "model_index.json").is_file():
             raise UserError(
-                f"--guide_checkpoint {path}: neither a generator, a finished run nor a checkpoint; give a folder with"
+                f"--guide {path}: neither a generator, a finished run nor a checkpoint; give a folder with"
                 " model_index.json, generator/ or state.json"
             )
         loaded = load_generator(folder, torch.device("cpu"), "no")
         unet, nature = loaded.unet, _nature_of(loaded)
     _check_alike(path, nature, _nature_of(generator))
+    return _guide(unet, generator, path.name)
+
+
+def _guide(unet: UNet2DModel, generator: Generator, name: str) -> Guide:
+    """Puts a guide, float32, where the generator is, in its number format."""
     digest = hashlib.sha256()
     add_weights(digest, unet)
     fingerprint = digest.hexdigest()[:32]
     device = generator.unet.device
     unet = unet.to(device, memory_format=memory_format(device, generator.precision)).eval().requires_grad_(False)
+    if device.type == "cpu":
+        unet = with_contiguous_attention(unet)
     if generator.unet.dtype != torch.float32:
         cast(unet, generator.precision)
-    return Guide(unet, fingerprint, f"{path.name} (fingerprint {fingerprint[:12]})")
+    return Guide(unet, fingerprint, f"{name} (fingerprint {fingerprint[:12]})")
 
 
 def _nature_of(generator: Generator) -> Nature:
@@ -96,7 +146,7 @@ def _of_checkpoint(path: Path, generator: Generator) -> tuple[UNet2DModel, Natur
     settings = [field.name for field in fields(DenoiserConfig)]
     if not {*settings, "latents", "ema_stds"} <= identity.keys() or "latents" not in state["facts"]:
         raise UserError(
-            f"--guide_checkpoint {path}: not a checkpoint of a diffusion model, or of another version of ddgen; give"
+            f"--guide {path}: not a checkpoint of a diffusion model, or of another version of ddgen; give"
             " checkpoints/step-* of a run"
         )
     values: dict[str, Any] = {name: tuple(v) if isinstance(v := identity[name], list) else v for name in settings}
@@ -108,10 +158,13 @@ def _of_checkpoint(path: Path, generator: Generator) -> tuple[UNet2DModel, Natur
     try:
         unet.load_state_dict(load_file(path / f"ema_{std}.safetensors"))
     except (OSError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"--guide_checkpoint {path}: damaged ({reason}); give another") from None
+        raise UserError(f"--guide {path}: damaged ({_one_line(error)}); give another") from None
     autoencoder = str(identity["latents"]).split("-")[0]  # fingerprint of the latents: autoencoder-images-...
     return unet, Nature(Schedule.of(build_scheduler(config)), (channels, size), names, autoencoder)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]
 
 
 def _check_alike(path: Path, guide: Nature, own: Nature) -> None:
@@ -119,7 +172,7 @@ def _check_alike(path: Path, guide: Nature, own: Nature) -> None:
 
     def refuse(what: str, theirs: object, ours: object) -> UserError:
         return UserError(
-            f"--guide_checkpoint {path}: {what} {theirs}, the generator's {ours}; give an earlier checkpoint of"
+            f"--guide {path}: {what} {theirs}, the generator's {ours}; give an earlier checkpoint of"
             " the same run, or a smaller model trained on the same latents"
         )
 

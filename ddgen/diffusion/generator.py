@@ -28,6 +28,7 @@ from ddgen.seeds import torch_generator
 from ddgen.timing import Timed, untimed
 
 TRAVELLING_FILES = [Path(str(module.__file__)) for module in (pipeline, samplers, guidance)]
+GUIDE_DIR = "guide"
 SMALLEST_BATCH_ON_CPU = 16
 """Batches are filled up to this. With fewer rows a CPU adds up the products of a linear layer in another order, which
 moves one in 50,000 pixel values by 1. From 16 on images are the same to the bit in batches of any size (measured with
@@ -51,6 +52,23 @@ class Guide:
 
 
 @dataclass(frozen=True)
+class KeptGuide:
+    """The guide that travels with a generator: itself, less trained.
+
+    Attributes:
+        unet: Its weights, float16.
+        step: Optimizer steps after which they were kept.
+        max_train_steps: Optimizer steps of the generator.
+        ema_std: Relative width of the average that they are.
+    """
+
+    unet: UNet2DModel
+    step: int
+    max_train_steps: int
+    ema_std: float
+
+
+@dataclass(frozen=True)
 class Generator:
     """Samples images of a class.
 
@@ -64,7 +82,7 @@ class Generator:
         precision: In which format the denoiser computes, resolved: autocast, or that of its weights.
         ema_std: Relative width of the average that the weights are; None if not known.
         guide: What autoguidance goes away from; None for classifier-free guidance.
-        stored_fingerprint: Fingerprint of the weights before they were cast; None if they were not.
+        stored_fingerprint: Fingerprint of the weights as they were stored; None if they may still change.
         compiled_batch_size: Size to which batches are filled up, for which the denoiser is compiled; None if it is not.
         steering: Towards what the denoiser's estimates are moved; None leaves them.
     """
@@ -87,11 +105,13 @@ class Generator:
         return replace(self, sampling=replace(self.sampling, **{k: v for k, v in overrides.items() if v is not None}))
 
     def cast(self) -> Generator:
-        """Returns this generator for sampling only: its weights themselves in the format that autocast casts to."""
-        if self.precision == "no":
-            return self
-        fingerprint, unet = self.fingerprint(), cast(self.unet, self.precision)
-        return replace(self, unet=unet, autoencoder=self.autoencoder.cast(), stored_fingerprint=fingerprint)
+        """Returns this generator for sampling only: its weights themselves in the format that autocast casts to.
+
+        What they are is computed here, once: a hash of 100 million weights takes a second.
+        """
+        generator = replace(self, autoencoder=self.autoencoder.cast())
+        fingerprint = generator.fingerprint()
+        return replace(generator, unet=cast(self.unet, self.precision), stored_fingerprint=fingerprint)
 
     def compiled(self, batch_size: int) -> Generator:
         """Returns this generator with its denoisers compiled, which happens at the first batch, for one batch size."""
@@ -178,10 +198,14 @@ class Generator:
             steps += f" of together {evaluations} evaluations"
         guidance = "none"
         if sampling.guidance_scale != 1:
-            away = "" if self.guide is None else f", away from {self.guide.name}"
+            away = "the model without a class" if self.guide is None else self.guide.name
             low, high = sampling.guidance_interval
+<<<<<<< HEAD
             guidance = f"{sampling.guidance_scale:g} in {low:g} to {high:g}{away}"
         steering = {} if self.steering is None else {"steering": self.steering.describe()}
+=======
+            guidance = f"{sampling.guidance_scale:g} in {low:g} to {high:g}, away from {away}"
+>>>>>>> guide
         return {
             "generator": f"UNet of {size / 1e6:.1f} million parameters, fingerprint {self.fingerprint()[:12]}",
             "sampler": f"{sampling.sampler}{f' with eta {sampling.eta:g}' if sampling.eta else ''}, {steps}",
@@ -223,14 +247,23 @@ def check_sampling(sampling: GuidanceConfig, num_train_timesteps: int = 1000) ->
 
 
 def save_generator(
-    generator: Generator, path: Path, card: str, *, pictures: Sequence[Path] = (), replace_existing: bool = False
+    generator: Generator,
+    path: Path,
+    card: str,
+    *,
+    guide: KeptGuide | None = None,
+    pictures: Sequence[Path] = (),
+    replace_existing: bool = False,
 ) -> None:
     """Writes a diffusers pipeline folder that loads without ddgen; atomic.
+
+    The pipeline does not know of the guide, which only `sample` uses.
 
     Args:
         generator: What to save.
         path: Folder to create.
         card: Text of its README.md.
+        guide: What travels with it in guide/; not the guide that it samples with.
         pictures: Files to put beside it.
         replace_existing: Take the place of an older one.
     """
@@ -253,6 +286,10 @@ def save_generator(
         generator.unet.to(memory_format=torch.contiguous_format).save_pretrained(temporary / "unet")
         generator.autoencoder.vae.save_pretrained(temporary / "vae")
         generator.scheduler.save_pretrained(temporary / "scheduler")
+        if guide is not None:
+            guide.unet.save_pretrained(temporary / GUIDE_DIR)
+            facts = {"step": guide.step, "max_train_steps": guide.max_train_steps, "ema_std": guide.ema_std}
+            write_json(temporary / GUIDE_DIR / "guide.json", facts)
         for file in TRAVELLING_FILES:
             shutil.copy(file, temporary / file.name)
         if own:
@@ -264,7 +301,7 @@ def save_generator(
 
 
 def load_generator(path: Path, device: torch.device, precision: str) -> Generator:
-    """Loads what `save_generator` wrote, with its weights in the format it samples in.
+    """Loads what `save_generator` wrote, without its guide, with its weights in the format it samples in.
 
     Raises:
         UserError: The folder holds no finished generator.

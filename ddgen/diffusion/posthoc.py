@@ -81,11 +81,7 @@ class Snapshots:
         """
         if step not in self.steps:
             return
-        tensors = {
-            f"{std}/{name}": whole(average).to(torch.float16).contiguous()
-            for std, averages in ema.averages.items()
-            for name, average in zip(self.names, averages, strict=True)
-        }
+        tensors = halved(ema, self.names)
         if write:
             write_bytes(self._path(step), safetensors.torch.save(tensors))
 
@@ -111,6 +107,15 @@ class Snapshots:
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}.safetensors"
+
+
+def halved(ema: PowerEMA, names: list[str]) -> dict[str, Tensor]:
+    """Returns averages as float16, under "<std>/<name of the weight>"; under FSDP every process must call this."""
+    return {
+        f"{std}/{name}": whole(average).to(torch.float16).contiguous()
+        for std, averages in ema.averages.items()
+        for name, average in zip(names, averages, strict=True)
+    }
 
 
 @torch.no_grad()

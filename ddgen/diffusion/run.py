@@ -127,6 +127,7 @@ class TrainingRun:
 def _identity(config: TrainConfig, latents: LatentCache, class_names: tuple[str, ...]) -> dict[str, Any]:
     """What must be the same in a run and in its resumption; how the work is spread over hardware may change."""
     settings = {**dataclasses.asdict(config.denoiser), **dataclasses.asdict(config.optimizer)}
-    for name in ("mixed_precision", "gradient_accumulation_steps", "gradient_checkpointing", "torch_compile"):
+    spread = ("mixed_precision", "gradient_accumulation_steps", "gradient_checkpointing", "torch_compile")
+    for name in (*spread, "guide_fraction"):  # the guide is kept beside what is trained, and does not change it
         del settings[name]
     return settings | {"seed": config.run.seed, "class_names": class_names, "latents": latents.fingerprint}

@@ -17,6 +17,7 @@ from ddgen.autoencoder.latents import LatentCache
 from ddgen.config import OptimizerConfig, TrainConfig
 from ddgen.diffusion.batches import Batches, MicroBatch
 from ddgen.diffusion.generator import Generator
+from ddgen.diffusion.kept_guide import keep_guide, take_along
 from ddgen.diffusion.objective import DiffusionLoss, build_scheduler, learning_rate, micro_batch
 from ddgen.diffusion.posthoc import Snapshots
 from ddgen.diffusion.report import Monitor, Report
@@ -56,7 +57,7 @@ def train_diffusion(
         image_size: Side of the images in pixels.
         accelerator: Device, processes, trackers.
         precision: Autocast precision, resolved.
-        output_dir: The run folder; gets metrics.jsonl, samples/, checkpoints/.
+        output_dir: The run folder; gets metrics.jsonl, samples/, checkpoints/, guide.safetensors.
         resume_from: A checkpoint to go on from.
         fid_every: Steps between points of the FID curve; 0 for none.
         monitor: Maps generated pixels, uint8 (m, 3, h, w), and the classes they were made for, int64 (m,), to named
@@ -88,6 +89,7 @@ def train_diffusion(
     unet, optimizer = _prepare(run, optim, accelerator)
     if resume_from is not None:
         run.checkpoints.load(resume_from, run.go_back)
+        take_along(resume_from, output_dir, accelerator)
     if accelerator.is_main_process:
         run.checkpoints.tidy(resume_from)
     report = Report(config, run, sampled, accelerator, fid_every, monitor, on_metrics, num_images=len(labels))
@@ -106,6 +108,7 @@ def train_diffusion(
             losses, norm = _take_step(config, run, unet, optimizer, objective, batches.at(run.step), accelerator)
 
             # --- report and save
+            keep_guide(run, optim, accelerator)
             if optim.posthoc_ema_stds:
                 snapshots.save(run.ema, run.step, write=accelerator.is_main_process)
             report.after_step(losses, norm)
