@@ -9,9 +9,9 @@ Every repeat has pools of its own, so the spread is of candidates and students t
 - labels: every kind of label for what `realism` keeps.
 
 Pools: `crops` are RDED's, the best of five crops of each of 300 real images a class; `whole` are 300 whole real images;
-`generated` are 300 candidates of the run's generator with classifier-free guidance, `unguided` without, `autoguided` with
---guide, and `steered` with --modes. Into --output_dir go results-*.jsonl, and selection.md, labels.md and
-their pictures. The same command goes on where it was stopped.
+`generated` are 300 candidates of the run's generator with classifier-free guidance, `unguided` without, `autoguided`
+with --guide, and `steered` with --modes. Into --output_dir go results-*.jsonl, and selection.md, labels.md and their
+pictures. The same command goes on where it was stopped.
 """
 
 from __future__ import annotations

@@ -352,10 +352,10 @@ class SampleConfig:
     """Solver. Default: the run's."""
     eta: float | None = None
     """Fresh noise in every step of ddim, 0 to 1. Default: the run's."""
-<<<<<<< HEAD
-    guide_checkpoint: str | None = None
-    """Guide away from a worse model of the same latents and classes (autoguidance) instead of from the model without a
-    class: folder of a generator, of a run, or of an earlier checkpoint, checkpoints/step-* ."""
+    guide: str = "auto"
+    """What guidance goes away from. `none`: the model without a class (classifier-free guidance). `auto`: the guide
+    that training kept in the generator's folder (autoguidance); where there is none, as `none`. Or a path to a worse
+    model of the same latents and classes: folder of a generator, of a run, or of a checkpoint, checkpoints/step-* ."""
     modes: int | Literal["auto"] | None = None
     """Steer the candidates of a class, in turn, towards so many modes: the centres of clusters of its real latents.
     `auto`: as many as --ipc. Default: no steering."""
@@ -365,12 +365,6 @@ class SampleConfig:
     """Push of a candidate away from the modes of the others, which 1 makes Bayes' rule for a mixture of clusters."""
     steer_until: float = 0.5
     """Noise level, 0 clean to 1 noise in the schedule's time, at and below which nothing is steered."""
-=======
-    guide: str = "auto"
-    """What guidance goes away from. `none`: the model without a class (classifier-free guidance). `auto`: the guide
-    that training kept in the generator's folder (autoguidance); where there is none, as `none`. Or a path to a worse
-    model of the same latents and classes: folder of a generator, of a run, or of a checkpoint, checkpoints/step-* ."""
->>>>>>> guide
     torch_compile: bool | None = None
     """Compile the denoiser for sampling, which costs a minute or more at the start. Default: on a GPU."""
     sample_batch_size: int | None = None

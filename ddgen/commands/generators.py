@@ -23,11 +23,7 @@ from ddgen.observer.observer import Observer
 from ddgen.observer.realism import RealismScores, candidate_problem
 
 PROBE_IMAGES = 64
-<<<<<<< HEAD
-OWN_ONLY = ("fast", "guidance_interval", "eta", "guide_checkpoint", "torch_compile", "modes")
-=======
-OWN_ONLY = ("fast", "guidance_interval", "eta", "guide", "torch_compile")
->>>>>>> guide
+OWN_ONLY = ("fast", "guidance_interval", "eta", "guide", "torch_compile", "modes")
 """Settings that no diffusers pipeline has."""
 HONOURED = (None, False, "auto", "none")
 """Values of theirs that any pipeline honours: it has no guide of its own."""

@@ -200,12 +200,8 @@ class Generator:
         if sampling.guidance_scale != 1:
             away = "the model without a class" if self.guide is None else self.guide.name
             low, high = sampling.guidance_interval
-<<<<<<< HEAD
-            guidance = f"{sampling.guidance_scale:g} in {low:g} to {high:g}{away}"
-        steering = {} if self.steering is None else {"steering": self.steering.describe()}
-=======
             guidance = f"{sampling.guidance_scale:g} in {low:g} to {high:g}, away from {away}"
->>>>>>> guide
+        steering = {} if self.steering is None else {"steering": self.steering.describe()}
         return {
             "generator": f"UNet of {size / 1e6:.1f} million parameters, fingerprint {self.fingerprint()[:12]}",
             "sampler": f"{sampling.sampler}{f' with eta {sampling.eta:g}' if sampling.eta else ''}, {steps}",
