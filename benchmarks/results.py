@@ -103,10 +103,10 @@ for the rows called published:
 {shorten(shlex.join(words))}
 ```
 
-A score is top-1 accuracy in percent on all real test images,
-after the last epoch, never the best of them. Where several students were trained it is their mean ± sample standard
-deviation. Every row that was measured is shown, in one fixed order. All rows of a column were trained by the same
-recipe. Paths in commands are shortened to their last name."""
+A score is top-1 accuracy in percent on all real test images, after the last epoch, never the best of them. Where
+several students were trained it is their mean ± sample standard deviation. Every row that was measured is shown, in
+one fixed order; all rows of a column were trained by the same recipe. Paths in commands are shortened to their last
+name."""
 
 
 def _title(name: str, run: RunRecord) -> str:

@@ -21,7 +21,8 @@ from ddgen.evaluation.rows import IMAGE_SOURCES
 from results_page.scores import OURS, Recipe, Scores, teachers_of
 from results_page.small import count
 
-PREVIEW_WIDTH, PREVIEW_BYTES = 640, 300_000  # of a preview that is larger than that
+LARGE_PREVIEW, SMALL_WIDTH = 500_000, 640  # bytes above which a preview is made smaller; its pixels then
+CAPTION = "Bars: one standard deviation. Points side by side have equally many images; the axes do not start at 0."
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class Pictures:
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png")
         alt = f"Accuracy of {scores.student} against images per class"
-        return self._write(f"accuracy-{scores.student}", alt, lambda path: write_bytes(path, buffer.getvalue()))
+        shown = self._write(f"accuracy-{scores.student}", alt, lambda path: write_bytes(path, buffer.getvalue()))
+        return f"{shown}\n\n{CAPTION}"
 
     def curve(self, run: RunRecord) -> str:
         """Draws the FD curve, where there is one."""
@@ -66,14 +68,11 @@ class Pictures:
             return ""
         chosen = min(found, key=lambda s: (s.manifest.get("ipc", 0) > 10, abs(s.manifest.get("ipc", 0) - 10), s.name))
         assert chosen.distilled_dir is not None
-        with Image.open(chosen.distilled_dir / "preview.png") as image:
-            picture = image.convert("RGB")
-        data = _few_colours(picture)
-        if len(data) > PREVIEW_BYTES and picture.width > PREVIEW_WIDTH:
-            size = PREVIEW_WIDTH, round(picture.height * PREVIEW_WIDTH / picture.width)
-            data = _few_colours(picture.resize(size, Image.Resampling.LANCZOS))
+        data, note = (chosen.distilled_dir / "preview.png").read_bytes(), ""
+        if len(data) > LARGE_PREVIEW:
+            data, note = _smaller(data), "\n\nMade smaller, with 256 colours."
         alt = f"Images of {chosen.name}, a class a row"
-        return self._write("preview", alt, lambda path: write_bytes(path, data))
+        return self._write("preview", alt, lambda path: write_bytes(path, data)) + note
 
     def _write(self, kind: str, alt: str, write: Callable[[Path], None]) -> str:
         path = Path("docs") / f"results-{self.name}-{kind}.png"
@@ -81,9 +80,15 @@ class Pictures:
         return f"![{alt}]({path.as_posix()})"
 
 
-def _few_colours(picture: Image.Image) -> bytes:
+def _smaller(png: bytes) -> bytes:
+    """Shrinks a picture to `SMALL_WIDTH` and 256 colours, scattered, so that they do not make patches."""
+    with Image.open(io.BytesIO(png)) as image:
+        picture = image.convert("RGB")
+    height = round(picture.height * SMALL_WIDTH / picture.width)
+    picture = picture.resize((SMALL_WIDTH, height), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    picture.quantize(256).save(buffer, format="PNG", optimize=True)
+    few = picture.quantize(palette=picture.quantize(256), dither=Image.Dither.FLOYDSTEINBERG)
+    few.save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
 
 

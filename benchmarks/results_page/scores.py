@@ -233,10 +233,9 @@ def _difference(ours: Mapping[str, Any] | None, theirs: Mapping[str, Any] | None
 def _notes(run: RunRecord, scores: Scores) -> list[str]:
     """Returns what must be known to read the tables of a network."""
     rows = [row for cells in scores.cells.values() for row in cells.values()]
-    evaluated = [s.results for s in run.sets if any(r["student"] == scores.student for r in s.results.get("rows", ()))]
-    notes = [
-        f"{count(scores.repeats, 'student')} a cell unless it says otherwise; seed {join(found.get('seed') for found in evaluated)}."
-    ]
+    evaluated = [shown.results for shown in run.sets if shown.results.get("rows")]
+    seeds = join(found.get("seed") for found in evaluated)
+    notes = [f"{count(scores.repeats, 'student')} a cell unless it says otherwise; seed {seeds}."]
     if any(row.get("std") is not None for row in rows):
         notes.append(
             "Above or below: by more than both standard deviations together. They are of training students, and of"

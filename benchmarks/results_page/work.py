@@ -54,13 +54,13 @@ def _sessions(run: RunRecord) -> str:
 
 def _making(shown: EvaluatedSet) -> tuple[str, str]:
     made = shown.manifest.get("provenance", {})
-    seconds, candidates = made.get("seconds") or {}, (made.get("selection") or {}).get("candidates")
+    seconds, number = made.get("seconds") or {}, made.get("candidates_made")
     if not seconds:
         return MISSING, ""
     parts = ", ".join(f"{stage} {readable(spent)}" for stage, spent in seconds.items() if spent >= 0.05)
     rate = ""
-    if candidates and seconds.get("sampling"):
-        rate = f"; {candidates / seconds['sampling']:,.1f} candidates sampled a second, unless some were there already"
+    if number and seconds.get("sampling"):
+        rate = f"; {count(number, 'candidate')}, {number / seconds['sampling']:,.1f} a second"
     return readable(sum(seconds.values())), f"{parts}{rate}, manifest.json"
 
 
@@ -92,7 +92,7 @@ def _machine(found: Mapping[str, Any], versions: Mapping[str, str] | str | None)
     name, known = found.get("device"), [key for key in ("cores", "threads", "processes") if key in found]
     parts = [f"{name}, of which kind {MISSING}" if name in ("cpu", "cuda") else str(name or f"hardware {MISSING}")]
     parts += [f"{found[key]} {key}" for key in known] or [f"cores, threads and processes {MISSING}"]
-    parts.append(f"precision {found.get('precision') or MISSING}")
+    parts.append(f"mixed precision {found.get('precision') or MISSING}")
     text = versions if isinstance(versions, str) else ", ".join(f"{k} {v}" for k, v in (versions or {}).items())
     return f"{', '.join(parts)}; {text or f'versions {MISSING}'}"
 

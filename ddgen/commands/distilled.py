@@ -35,6 +35,7 @@ def build_dataset(
     precision: str,
     seconds: Mapping[str, float],
     machine: Mapping[str, Any],
+    num_made: int,
 ) -> DistilledDataset:
     """Puts together what all classes keep.
 
@@ -49,6 +50,7 @@ def build_dataset(
         precision: Resolved.
         seconds: Stage -> how long it took this process.
         machine: As `made_with` says.
+        num_made: Candidates that this process made in that time; others were there already.
     """
     labels = torch.cat([torch.full((len(found.loss),), label) for label, found in enumerate(classes)])
     return DistilledDataset(
@@ -71,6 +73,7 @@ def build_dataset(
             "selection": selection_report(config, source, classes).to_dict() | selection_facts(config, classes),
             "seconds": dict(seconds),
             "made_with": dict(machine),
+            "candidates_made": num_made,
             "recipe": _recipe(config, source, classes, run_dir, observer, teachers, precision),
         },
     )

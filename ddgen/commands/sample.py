@@ -205,7 +205,7 @@ def _finish(
     classes = work.gather(counts)
     facts: dict[str, Any] = {
         "run_dir": work.run_dir, "observer": observer, "teachers": teachers, "precision": precision,
-        "machine": made_with(work.accelerator, precision),
+        "machine": made_with(work.accelerator, precision), "num_made": work.num_made,
     }  # fmt: skip
     with work.clock("relabelling"):
         soft = label_kept(config, classes, observer, teachers, work.accelerator.device, precision)
