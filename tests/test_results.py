@@ -154,8 +154,8 @@ def test_rows_keep_their_order_and_published_numbers_stand_apart(tmp_path: Path)
     assert scores["distilled"] == ["22.0 ± 2.0", "51.0 ± 1.0", "31.0 ± 1.0"]
     assert scores[published] == ["*23.5*", "*50.2*", ""]
     assert scores["full real"] == ["", "82.0 (n = 1)", ""]
-    assert table(text, "points")["distilled against random real"] == ["+1.0 within the spread", "-3.0 below", ""]
-    assert table(text, "points")["distilled against RDED real"] == ["", "-20.0 below", ""]
+    assert table(text, "difference, points")["distilled minus random real"] == ["+1.0 within the spread", "-3.0 below", ""]
+    assert table(text, "difference, points")["distilled minus RDED real"] == ["", "-20.0 below", ""]
     assert "0.99" not in text and "99.0" not in text  # the best epoch
     assert "seed 7" in text and "Teacher convnet3: 81.2 on the same test images" in text
 

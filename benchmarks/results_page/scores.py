@@ -215,8 +215,8 @@ def _difference_table(scores: Scores, columns: list[Column]) -> str:
             theirs = scores.cells.get(other, {})
             cells = [_difference(scores.cells[ours].get(column), theirs.get(column)) for column in columns]
             if any(cells):
-                body.append((f"{ours} against {other}", *cells))
-    return table(("points", *(_column_title(scores, column) for column in columns)), body) if body else ""
+                body.append((f"{ours} minus {other}", *cells))
+    return table(("difference, points", *(_column_title(scores, column) for column in columns)), body) if body else ""
 
 
 def _difference(ours: Mapping[str, Any] | None, theirs: Mapping[str, Any] | None) -> str:
