@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from results_page.facts import curve_text, sets_table, trained_table
+from results_page.facts import curve_text, ranking_parts, sets_table, trained_table
 from results_page.pictures import Pictures
 from results_page.scores import accuracy_parts, collect
 from results_page.small import first, shorten
@@ -122,6 +122,7 @@ def _section(name: str, run: RunRecord, pictures: Pictures) -> list[str]:
         parts.append("### Accuracy\n\nNot evaluated: no `evaluation/*/results.json` in the run.")
     for scores in all_scores:
         parts += [f"### Accuracy of {scores.student}", *accuracy_parts(run, scores), pictures.accuracy(run, scores)]
+    parts += ranking_parts(run)
     parts += ["### Distilled sets", sets_table(run), pictures.preview(run)]
     parts += ["### FD curve", curve_text(run), pictures.curve(run)]
     parts += ["### Time and hardware", times_table(run), hardware_list(run)]

@@ -25,7 +25,9 @@ from ddgen.evaluation.page_run import HISTORY_NAME, PROVENANCE_NAME, read_run
 from ddgen.evaluation.page_times import readable, stage_seconds
 from ddgen.evaluation.protocols import HARD, RDED
 from ddgen.evaluation.report import Results, write_results
-from ddgen.evaluation.rows import Row
+from ddgen.evaluation.rows import IMAGE_SOURCES, Row
+
+RDED_REAL = IMAGE_SOURCES[-2]
 
 TRAIN = [
     *["--dataset", "digits", "--image_size", "16", "--num_classes", "2", "--mixed_precision", "no"],
@@ -141,21 +143,22 @@ def test_the_same_runs_give_the_same_bytes(run: Path, tmp_path: Path) -> None:
 def test_rows_keep_their_order_and_published_numbers_stand_apart(tmp_path: Path) -> None:
     run = tmp_path / "cifar10"
     rows = [row("full real", 0.82), row("random real", 0.53, 0.54, 0.55), row("k-center", 0.3, 0.31, 0.32),
-            row("distilled", 0.5, 0.51, 0.52), row("RDED real", 0.7, 0.71, 0.72), row("herding", 0.4, 0.4, 0.4),
+            row("distilled", 0.5, 0.51, 0.52), row(RDED_REAL, 0.7, 0.71, 0.72), row("herding", 0.4, 0.4, 0.4),
             row("distilled", 0.3, 0.31, 0.32, protocol="hard", teacher=None)]  # fmt: skip
     evaluation(run, "ipc10", 10, rows)
     evaluation(run, "ipc1", 1, [row("distilled", 0.2, 0.22, 0.24), row("random real", 0.2, 0.21, 0.22)])
     text = page(tmp_path, run)
     scores = table(text, "images")
     published = "*published RDED (full-scale observer, 82.2)*"
-    order = ["", "distilled", "random real", "herding", "k-center", "RDED real", "full real", published]
+    order = ["", "distilled", "random real", "herding", "k-center", RDED_REAL, "full real", published]
     assert list(scores) == order
     assert scores[""] == ["rded, ipc 1", "rded, ipc 10", "hard, ipc 10"]
     assert scores["distilled"] == ["22.0 ± 2.0", "51.0 ± 1.0", "31.0 ± 1.0"]
     assert scores[published] == ["*23.5*", "*50.2*", ""]
     assert scores["full real"] == ["", "82.0 (n = 1)", ""]
-    assert table(text, "difference, points")["distilled minus random real"] == ["+1.0 within the spread", "-3.0 below", ""]
-    assert table(text, "difference, points")["distilled minus RDED real"] == ["", "-20.0 below", ""]
+    minus = table(text, "difference, points")
+    assert minus["distilled minus random real"] == ["+1.0 within the spread", "-3.0 below", ""]
+    assert minus[f"distilled minus {RDED_REAL}"] == ["", "-20.0 below", ""]
     assert "0.99" not in text and "99.0" not in text  # the best epoch
     assert "seed 7" in text and "Teacher convnet3: 81.2 on the same test images" in text
 
@@ -237,6 +240,18 @@ def test_two_runs_and_what_people_wrote(run: Path, tmp_path: Path) -> None:
         "## Reading", "## tiny-digits: cifar10", "## tiny-digits-2: digits",
     ]  # fmt: skip
     assert (tmp_path / "docs" / "results-tiny-digits-2-fd.png").is_file()
+
+
+def test_rank_correlations_are_told_with_their_intervals(tmp_path: Path) -> None:
+    evaluation(tmp_path / "run", "ipc10", 10, [row("distilled", 0.5)])
+    path = tmp_path / "run" / "evaluation" / "ipc10" / "results.json"
+    known, none = {"value": 0.814, "low": 0.2, "high": 0.95}, {"value": None, "low": None, "high": None}
+    sets = [{"images": "distilled", "epochs": 300, "spearman": known, "kendall": none}]
+    ranking = {"protocol": "rded", "candidates": [{}] * 9, "real_epochs": 30, "sets": sets, "seconds": 200.0}
+    write_json(path, json.loads(path.read_text()) | {"ranking": ranking})
+    text = page(tmp_path, tmp_path / "run")
+    assert "| distilled | 300 | 0.81 | 0.20 to 0.95 | none |  |" in text and "order 9 candidates" in text
+    assert table(text, "stage")["ranking candidates by ipc10"] == ["3 min", "results.json"]
 
 
 def test_a_large_preview_is_made_smaller(tmp_path: Path) -> None:

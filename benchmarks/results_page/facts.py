@@ -58,7 +58,7 @@ def _autoencoder(run: RunRecord) -> str:
     found = (read_json(path) if path.is_file() else {}) | dict(run.reconstruction)
     parts = [f"{found['psnr']:.1f} dB on held-out images" if "psnr" in found else MISSING]
     parts += [f"patch PCA {found['psnr_pca']:.1f} dB"] if "psnr_pca" in found else []
-    if "accuracy_reconstructed" in found:
+    if found.get("accuracy_reconstructed") is not None and found.get("accuracy") is not None:
         seen, before = 100 * found["accuracy_reconstructed"], 100 * found["accuracy"]
         which = f"of {count(found['num_images'], 'image')} the observer gets {before:.1f} % right"
         parts.append(f"{which}, {seen:.1f} % once reconstructed")
@@ -86,7 +86,7 @@ def _speed(run: RunRecord) -> str:
         return MISSING
     text = f"{statistics.median(rates):,.0f} images/s, median"
     if flops:
-        machine = next((line["made_with"] for line in run.history if "made_with" in line), {})
+        machine: Mapping[str, Any] = next((line["made_with"] for line in run.history if "made_with" in line), {})
         peak = peak_flops(machine.get("device", ""), machine.get("precision", "no"))
         share = f", {100e12 * statistics.median(flops) / peak:.0f} % of the device's peak" if peak else ""
         text += f"; {statistics.median(flops):.3g} TFLOP/s a process{share}"
@@ -120,6 +120,33 @@ def sets_table(run: RunRecord) -> str:
         )  # fmt: skip
     heads = ("set", "images", "candidates", "rule", "class named by the observer", "sampling", "seed", "bytes + labels")
     return table(heads, body) if body else "None."
+
+
+def ranking_parts(run: RunRecord) -> list[str]:
+    """Returns how well sets order candidates, where that was measured: every rank correlation and its interval."""
+    parts, titles = [], ("images", "epochs", "Spearman", "interval", "Kendall", "interval")
+    for shown in run.sets:
+        found = shown.results.get("ranking")
+        if not found:
+            continue
+        body = [
+            (each["images"], str(each["epochs"]), *_correlation(each["spearman"]), *_correlation(each["kendall"]))
+            for each in found["sets"]
+        ]
+        parts.append(
+            f"Rank correlation, {shown.name}: does a set order {len(found['candidates'])} candidates, one student each,"
+            f" as {count(found['real_epochs'], 'epoch')} on all real images do? Recipe `{found['protocol']}`; intervals"
+            " are bootstrapped over the candidates."
+        )
+        parts.append(table(titles, body))
+    return parts
+
+
+def _correlation(found: Mapping[str, float | None]) -> tuple[str, str]:
+    """Returns value and interval; there are none where all candidates are equally good."""
+    if found["value"] is None:
+        return "none", ""
+    return f"{found['value']:.2f}", f"{found['low']:.2f} to {found['high']:.2f}"
 
 
 def curve_text(run: RunRecord) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,7 @@ class Pictures:
         return self._write("preview", alt, lambda path: write_bytes(path, data)) + note
 
     def _write(self, kind: str, alt: str, write: Callable[[Path], None]) -> str:
+        kind = re.sub(r"[^\w-]+", "-", kind)  # of a network such as torchvision:densenet121
         path = Path("docs") / f"results-{self.name}-{kind}.png"
         write(self.root / path)
         return f"![{alt}]({path.as_posix()})"
@@ -114,7 +116,7 @@ def _draw_recipe(axes: Axes, scores: Scores, recipe: Recipe, teachers: Mapping[s
         at = [(ipc, known[recipe, ipc]) for ipc in counts if (recipe, ipc) in known]
         if at:
             handles[title] = axes.plot(*zip(*at, strict=True), "D", color=INK, markerfacecolor="none", markersize=6)[0]
-    if recipe.teacher in teachers:
+    if recipe.teacher is not None and recipe.teacher in teachers:
         level = 100 * teachers[recipe.teacher]
         handles["teacher"] = axes.axhline(level, color=INK, linewidth=0.9, linestyle=":")
     axes.set_xscale("log")

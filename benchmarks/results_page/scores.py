@@ -14,7 +14,7 @@ from ddgen.evaluation.protocols import PROTOCOLS
 from ddgen.evaluation.rows import FULL_REAL, IMAGE_SOURCES
 from results_page.small import count, join, table
 
-OURS, BASELINES = "distilled", ("random real", "random generated", "RDED real")
+OURS = "distilled"
 PROTOCOLS_IN_A_TABLE = 2
 
 
@@ -211,7 +211,7 @@ def _difference_table(scores: Scores, columns: list[Column]) -> str:
     """Says in plain words where distilled images are above or below a baseline."""
     body = []
     for ours in [title for title in scores.cells if title.startswith(OURS)]:
-        for other in BASELINES:
+        for other in [source for source in IMAGE_SOURCES if source not in (OURS, FULL_REAL)]:
             theirs = scores.cells.get(other, {})
             cells = [_difference(scores.cells[ours].get(column), theirs.get(column)) for column in columns]
             if any(cells):

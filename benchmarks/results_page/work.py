@@ -34,6 +34,9 @@ def times_table(run: RunRecord) -> str:
             total = readable(sum(row["seconds"] for row in students)) if students else MISSING
             number = count(sum(len(row["scores"]) for row in students), "student")
             rows.append((f"training students of {shown.name}", total, f"{number}, results.json{_ran(shown)}"))
+        ranking = shown.results.get("ranking") or {}
+        if ranking.get("seconds") is not None:
+            rows.append((f"ranking candidates by {shown.name}", readable(ranking["seconds"]), "results.json"))
     return table(("stage", "time", "known from"), rows)
 
 
