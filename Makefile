@@ -48,7 +48,7 @@ typecheck: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(STAMP)
-	@set -e; for script in $(filter-out benchmarks/recipe.py benchmarks/labels.py benchmarks/samplers.py benchmarks/results.py,$(sort $(wildcard benchmarks/*.py))); do echo "== $$script"; $(BIN)/python "$$script"; done
+	@set -e; for script in $(filter-out benchmarks/recipe.py benchmarks/labels.py benchmarks/samplers.py benchmarks/results.py benchmarks/study.py,$(sort $(wildcard benchmarks/*.py))); do echo "== $$script"; $(BIN)/python "$$script"; done
 
 results: $(STAMP)
 	$(BIN)/python benchmarks/results.py $(RUNS) $(if $(NOTES),--notes $(NOTES))

@@ -118,7 +118,7 @@ def test_scores_are_those_of_results_json(run: Path, tmp_path: Path) -> None:
     scores = table(page(tmp_path, run), "images")
     heads = ["rded (1 epoch), ipc 1", "rded (1 epoch), ipc 2", "hard (1 epoch), ipc 1", "hard (1 epoch), ipc 2"]
     assert scores[""] == heads
-    assert list(scores) == ["", "distilled", "random generated", "random real"]
+    assert list(scores) == ["", "distilled", "random generated", "random real", RDED_REAL]
     for ipc in (1, 2):
         found = json.loads((run / "evaluation" / f"ipc{ipc}" / "results.json").read_text())
         for entry in found["rows"]:
