@@ -1,4 +1,5 @@
 # make demo        train, distil and evaluate scikit-learn's digits
+# make results     write RESULTS.md and its pictures from finished runs, RUNS="runs/a runs/b"
 # make test        everything that has to be green: lint, types, tests
 # Another Python: make PYTHON=python3.12 ...
 
@@ -8,7 +9,7 @@ STAMP := .venv/.installed
 DEMO_DIR ?= runs/digits
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint typecheck bench
+.PHONY: help install demo test lint typecheck bench results
 
 help:
 	@echo "make install    make .venv and install ddgen with its tools into it"
@@ -17,6 +18,7 @@ help:
 	@echo "make lint       ruff"
 	@echo "make typecheck  mypy"
 	@echo "make bench      measure speed"
+	@echo "make results    write RESULTS.md from RUNS=\"runs/a runs/b\", with NOTES=FILE if there are any"
 
 install: $(STAMP)
 
@@ -46,4 +48,7 @@ typecheck: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(STAMP)
-	@set -e; for script in $(filter-out benchmarks/recipe.py benchmarks/labels.py benchmarks/samplers.py,$(sort $(wildcard benchmarks/*.py))); do echo "== $$script"; $(BIN)/python "$$script"; done
+	@set -e; for script in $(filter-out benchmarks/recipe.py benchmarks/labels.py benchmarks/samplers.py benchmarks/results.py benchmarks/study.py,$(sort $(wildcard benchmarks/*.py))); do echo "== $$script"; $(BIN)/python "$$script"; done
+
+results: $(STAMP)
+	$(BIN)/python benchmarks/results.py $(RUNS) $(if $(NOTES),--notes $(NOTES))

@@ -51,6 +51,9 @@ def content(path: Path) -> Any:
     if path.name.endswith("metrics.jsonl"):
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         return [{name: value for name, value in line.items() if name not in CLOCKS} for line in lines]
+    if path.name == "history.jsonl":  # tells how often the run was started; every stage must have come to its end
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        return {line["stage"] for line in lines if line.get("done")}, lines[-1]
     if path.name == "config.yaml":
         return [line for line in path.read_text().splitlines() if not line.startswith("output_dir:")]
     return path.read_bytes()

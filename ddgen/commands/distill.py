@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ddgen.commands.history import made_with
 from ddgen.commands.runs import (
     command_line,
     data_of_run,
@@ -56,6 +57,8 @@ def distill(config: DistillConfig) -> int:
     kept = _keep(config, dataset, observer, members, plans, accelerator.device, precision)
     report = SelectionReport(config.selection, dataset.class_names, [one.report for one in kept])
     distilled = _distilled(config, dataset, observer, kept, report, crops, accelerator.device, precision)
+    seconds = {"cropping, ranking and relabelling": time.perf_counter() - started}
+    distilled.provenance.update(seconds=seconds, made_with=made_with(accelerator, precision))
     distilled.save(output_dir, overwrite=config.overwrite, selection_png=report.draw())
     print("\n".join(report.lines()))
     print(f"{crops:,} crops in {time.perf_counter() - started:.0f} s")

@@ -34,6 +34,8 @@ def build_dataset(
     teachers: Sequence[Observer],
     precision: str,
     seconds: Mapping[str, float],
+    machine: Mapping[str, Any],
+    num_made: int,
 ) -> DistilledDataset:
     """Puts together what all classes keep.
 
@@ -47,6 +49,8 @@ def build_dataset(
         teachers: What labelled them.
         precision: Resolved.
         seconds: Stage -> how long it took this process.
+        machine: As `made_with` says.
+        num_made: Candidates that this process made in that time; others were there already.
     """
     labels = torch.cat([torch.full((len(found.loss),), label) for label, found in enumerate(classes)])
     return DistilledDataset(
@@ -68,6 +72,8 @@ def build_dataset(
             "factor": config.factor,
             "selection": selection_report(config, source, classes).to_dict() | selection_facts(config, classes),
             "seconds": dict(seconds),
+            "made_with": dict(machine),
+            "candidates_made": num_made,
             "recipe": _recipe(config, source, classes, run_dir, observer, teachers, precision),
         },
     )

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ddgen.checkpoint import write_json
+from ddgen.commands.history import made_with
 from ddgen.commands.runs import (
     command_line,
     data_of_run,
@@ -40,6 +43,7 @@ from ddgen.observer.observer import Observer
 
 def evaluate(config: EvaluateConfig) -> int:
     """Trains students on the distilled images and on the baselines; writes results.json, a table, a figure, a page."""
+    started = time.perf_counter()
     run_dir, distilled_dir = which_dataset(config.run_dir, config.ipc, config.distilled_dir)
     source = config.distilled_dir or str(distilled_dir)
     check_source(source) if config.distilled_dir is not None else read_manifest(distilled_dir)
@@ -95,7 +99,8 @@ def evaluate(config: EvaluateConfig) -> int:
             flip=data.may_flip,
         )
     )
-    write_json(output_dir / PROVENANCE_NAME, _provenance(source, rounds))
+    facts = {"made_with": made_with(accelerator, precision), "seconds": time.perf_counter() - started}
+    write_json(output_dir / PROVENANCE_NAME, _provenance(source, rounds) | facts)
     if ours:
         update_results(distilled_dir, results.to_dict())
         if observers:
@@ -131,7 +136,7 @@ def _remarks(rounds: Sequence[DistilledDataset | ForeignDataset]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _provenance(source: str, rounds: Sequence[DistilledDataset | ForeignDataset]) -> dict[str, object]:
+def _provenance(source: str, rounds: Sequence[DistilledDataset | ForeignDataset]) -> dict[str, Any]:
     """What the page tells of an evaluation beside its results."""
     return {
         "distilled_dir": source,

@@ -145,7 +145,12 @@ def versions() -> str:
 def command_line() -> str:
     """Returns the command that started this process, as a user would type it."""
     program = Path(sys.argv[0]).name
-    return " ".join(["python", *map(shlex.quote, [program, *sys.argv[1:]])])
+    start = {"__main__.py": ["python", "-m", "ddgen"], "ddgen": ["ddgen"]}.get(program, ["python", program])
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:  # set by accelerate launch
+        world = os.environ.get("WORLD_SIZE", "1")
+        options = ["--num_processes", world, *(["--cpu"] if asked_for_cpu() else [])] if world != "1" else []
+        start = ["accelerate", "launch", *options, *(["-m", "ddgen"] if program == "__main__.py" else [program])]
+    return shlex.join([*start, *sys.argv[1:]])
 
 
 def find_run(run_dir: str | None, *, with_generator: bool = True) -> tuple[Path, str]:

@@ -23,6 +23,7 @@ from ddgen.commands.distilled import (
     time_line,
 )
 from ddgen.commands.generators import candidate_source, check_probe, probe_classes
+from ddgen.commands.history import made_with
 from ddgen.commands.runs import (
     find_run,
     held_out_accuracy,
@@ -204,6 +205,7 @@ def _finish(
     classes = work.gather(counts)
     facts: dict[str, Any] = {
         "run_dir": work.run_dir, "observer": observer, "teachers": teachers, "precision": precision,
+        "machine": made_with(work.accelerator, precision), "num_made": work.num_made,
     }  # fmt: skip
     with work.clock("relabelling"):
         soft = label_kept(config, classes, observer, teachers, work.accelerator.device, precision)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import time
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
@@ -18,6 +19,7 @@ from ddgen.autoencoder.latents import LatentCache, build_latent_cache
 from ddgen.autoencoder.training import psnr, train_autoencoder
 from ddgen.checkpoint import checkpoint_step, locked, remove_leftovers, write_json
 from ddgen.commands.first_lines import first_lines
+from ddgen.commands.history import History
 from ddgen.commands.model_card import card_pictures, render_model_card
 from ddgen.commands.runs import (
     RUNS_DIR,
@@ -52,6 +54,7 @@ from ddgen.diffusion.training import train_diffusion
 from ddgen.errors import Stopped, UserError
 from ddgen.evaluation.curve import best_point
 from ddgen.evaluation.extractors import Extractor, choose_extractor, observer_extractor
+from ddgen.evaluation.page_times import AUTOENCODER_STAGE
 from ddgen.evaluation.reconstruction import report_reconstruction
 from ddgen.hardware import peak_memory
 from ddgen.observer.epochs import TRAINING_NAME
@@ -103,40 +106,46 @@ def _train(config: TrainConfig, folder: RunFolder, accelerator: Accelerator, pre
     on_main(accelerator, lambda: held.enter_context(locked(output_dir)))
     on_main(accelerator, lambda: _write_run_facts(config, dataset, output_dir))
     check_shared(output_dir / "dataset.json", accelerator)
-    observer = observer_of_run(config, given, dataset, output_dir / "observer", accelerator, precision)
+    history = History(output_dir, accelerator, precision)
+    history.start()
+    with history.stage("observer"):
+        observer = observer_of_run(config, given, dataset, output_dir / "observer", accelerator, precision)
     say(f"observer: {observer.network}, {observer.accuracy:.1%} on held-out real images")
-    autoencoder, latents = autoencoder_of_run(config, given, dataset, observer, output_dir, accelerator, precision)
+    with history.stage(AUTOENCODER_STAGE):
+        autoencoder, latents = autoencoder_of_run(config, given, dataset, observer, output_dir, accelerator, precision)
     if accelerator.is_main_process and not (output_dir / "reconstruction.json").is_file():
         say(_reconstruction(config, dataset, autoencoder, observer, extractor, output_dir, precision))
     accelerator.wait_for_everyone()
 
-    monitor, fid_every = None, 0
-    if config.monitor.fid_every != 0:
-        if accelerator.is_main_process:
-            monitor = monitor_of_run(config, dataset, observer, extractor, output_dir, accelerator)
-        fid_every = fid_every_of_run(config, latents, autoencoder, monitor, accelerator)
-    if config.monitor.report_to != "none":
-        accelerator.init_trackers("ddgen", config=_tracker_config(config))
-    generator = train_diffusion(
-        config,
-        latents,
-        dataset.labels,
-        autoencoder,
-        dataset.class_names,
-        dataset.image_size,
-        accelerator=accelerator,
-        precision=precision,
-        output_dir=output_dir,
-        resume_from=folder.resume_from,
-        fid_every=fid_every,
-        monitor=monitor,
-        on_metrics=partial(draw_curve, monitor, output_dir),
-    )
+    with history.stage("diffusion model and its curve"):
+        monitor, fid_every = None, 0
+        if config.monitor.fid_every != 0:
+            if accelerator.is_main_process:
+                monitor = monitor_of_run(config, dataset, observer, extractor, output_dir, accelerator)
+            fid_every = fid_every_of_run(config, latents, autoencoder, monitor, accelerator)
+        if config.monitor.report_to != "none":
+            accelerator.init_trackers("ddgen", config=_tracker_config(config))
+        generator = train_diffusion(
+            config,
+            latents,
+            dataset.labels,
+            autoencoder,
+            dataset.class_names,
+            dataset.image_size,
+            accelerator=accelerator,
+            precision=precision,
+            output_dir=output_dir,
+            resume_from=folder.resume_from,
+            fid_every=fid_every,
+            monitor=monitor,
+            on_metrics=partial(draw_curve, monitor, output_dir),
+        )
     if accelerator.is_main_process:
         guide, pictures = kept_guide(config.optimizer, output_dir, generator), card_pictures(output_dir)
         card = render_model_card(config, dataset, generator, guide, output_dir, precision)
         path = output_dir / "generator"
         save_generator(generator, path, card, guide=guide, pictures=pictures, replace_existing=True)
+    history.finish()
     accelerator.wait_for_everyone()
     say(f"generator:   {output_dir / 'generator'}")
     best = best_point(output_dir / "metrics.jsonl") if fid_every and accelerator.is_main_process else None
@@ -164,9 +173,11 @@ def train_observer_alone(config: TrainObserverConfig) -> int:
     if config.dry_run:
         accelerator.print(f"would train {config.observer.observer_network} on {len(dataset):,} images -> {output_dir}")
         return 0
+    started = time.perf_counter()
     with stop_at_once():
         seed = config.seed
         observer = _train_observer(config.observer, config.data, dataset, output_dir, accelerator, precision, seed)
+    seconds = time.perf_counter() - started
     run = TrainConfig(
         run=RunConfig(output_dir=str(output_dir), seed=seed),
         data=config.data,
@@ -174,6 +185,10 @@ def train_observer_alone(config: TrainObserverConfig) -> int:
         optimizer=OptimizerConfig(mixed_precision=config.mixed_precision),
     )
     on_main(accelerator, lambda: _write_run_facts(run, dataset, output_dir))
+    history = History(output_dir, accelerator, precision)  # not before: an observer's folder may not exist
+    history.start()
+    history.add_stage("observer", seconds)
+    history.finish()
     accelerator.print(
         f"{observer.accuracy:.1%} on held-out real images; use it with --observer {output_dir}, or with anybody's"
         f" generator: python sample.py --run_dir {shlex.quote(str(output_dir))} --generator PATH_OR_HUB_ID"

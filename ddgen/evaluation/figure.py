@@ -12,7 +12,7 @@ from ddgen.evaluation.report import Results, format_score
 from ddgen.evaluation.rows import FULL_REAL, IMAGE_SOURCES, Row
 
 # Blue and green for what is generated, greys and browns for what is real: apart for colour-blind readers too.
-_COLOURS = {
+COLOURS = {
     "distilled": "#2a6fbb",
     "random generated": "#63b4a3",
     "random real": "#a3a7ae",
@@ -21,7 +21,7 @@ _COLOURS = {
     "rded real": "#b58db6",
     FULL_REAL: "#4d535b",
 }
-_INK, _FAINT = "#24292f", "#d9dce0"
+INK, FAINT = "#24292f", "#d9dce0"
 _DARK = ("distilled", "k-center", FULL_REAL)
 
 
@@ -60,7 +60,7 @@ def _draw_bars(axes: Any, results: Results, groups: list[tuple[str, str, str | N
     axes.set_ylabel("top-1 accuracy on real test images (%)")
     axes.set_ylim(0, height)
     axes.set_yticks([tick for tick in axes.get_yticks() if tick <= min(100, height)])
-    axes.set_title(_figure_title(results), loc="left", fontsize=10.5, color=_INK, pad=26)
+    axes.set_title(_figure_title(results), loc="left", fontsize=10.5, color=INK, pad=26)
     _finish(axes, sources)
 
 
@@ -69,17 +69,17 @@ def _draw_table(axes: Any, table: CrossTable) -> None:
     from matplotlib.colors import LinearSegmentedColormap
 
     means = [[100 * row.mean for row in line] for line in table.rows]
-    shades = LinearSegmentedColormap.from_list("shades", ["#eef3f9", _COLOURS["distilled"]])
+    shades = LinearSegmentedColormap.from_list("shades", ["#eef3f9", COLOURS["distilled"]])
     axes.imshow(means, cmap=shades, aspect="auto")
     middle = (min(map(min, means)) + max(map(max, means))) / 2
     for i, line in enumerate(table.rows):
         for j, row in enumerate(line):
-            colour = "white" if means[i][j] > middle else _INK
+            colour = "white" if means[i][j] > middle else INK
             axes.text(j, i, format_score(row), ha="center", va="center", fontsize=9.5, color=colour)
     axes.set_xticks(range(len(table.students)), table.students)
     axes.set_yticks(range(len(table.teachers)), table.teachers)
-    axes.set_title(f"{table.protocol}, distilled: observers down, students across", loc="left", fontsize=10, color=_INK)
-    axes.tick_params(length=0, colors=_INK)
+    axes.set_title(f"{table.protocol}, distilled: observers down, students across", loc="left", fontsize=10, color=INK)
+    axes.tick_params(length=0, colors=INK)
     for spine in axes.spines.values():
         spine.set_visible(False)
 
@@ -98,11 +98,11 @@ def _figure_title(results: Results) -> str:
 
 def _draw_bar(axes: Any, row: Row, center: float, width: float, height: float) -> None:
     mean, std = 100 * row.mean, 100 * (row.std or 0.0)
-    axes.bar(center, mean, width, color=_COLOURS[row.images], zorder=2)
+    axes.bar(center, mean, width, color=COLOURS[row.images], zorder=2)
     if row.std is not None:
-        axes.errorbar(center, mean, std, color=_INK, capsize=3, linewidth=1.1, zorder=4)
+        axes.errorbar(center, mean, std, color=INK, capsize=3, linewidth=1.1, zorder=4)
         spots = [center + width * 0.3 * (i / (len(row.scores) - 1) - 0.5) for i in range(len(row.scores))]
-        axes.scatter(spots, [100 * s for s in row.scores], s=9, color="white", edgecolor=_INK, linewidth=0.6, zorder=5)
+        axes.scatter(spots, [100 * s for s in row.scores], s=9, color="white", edgecolor=INK, linewidth=0.6, zorder=5)
     spread = [mean - std, mean + std, *(100 * score for score in row.scores)]
     inside = min(spread) > 0.15 * height  # the number stands in the bar, clear of the teacher's line, if it fits
     axes.annotate(
@@ -113,7 +113,7 @@ def _draw_bar(axes: Any, row: Row, center: float, width: float, height: float) -
         ha="center",
         va="top" if inside else "bottom",
         fontsize=9.5,
-        color="white" if inside and row.images in _DARK else _INK,
+        color="white" if inside and row.images in _DARK else INK,
         zorder=6,
     )
 
@@ -125,23 +125,23 @@ def _draw_lines(axes: Any, results: Results, num_groups: int) -> None:
         lines.append((f"{title} {100 * accuracy:.1f}", accuracy, "--"))
     axes.set_xlim(-0.55, num_groups - 1 + 0.55)
     for text, level, style in lines:
-        axes.axhline(100 * level, color=_INK, linewidth=0.9, linestyle=style, zorder=3)
+        axes.axhline(100 * level, color=INK, linewidth=0.9, linestyle=style, zorder=3)
         axes.annotate(
             text, (1.0, 100 * level), (4, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
-            va="center", fontsize=8.5, color=_INK, annotation_clip=False,
+            va="center", fontsize=8.5, color=INK, annotation_clip=False,
         )  # fmt: skip
 
 
 def _finish(axes: Any, sources: list[str]) -> None:
     from matplotlib.patches import Patch
 
-    axes.grid(axis="y", color=_FAINT, linewidth=0.8, zorder=0)
+    axes.grid(axis="y", color=FAINT, linewidth=0.8, zorder=0)
     axes.set_axisbelow(True)
-    axes.tick_params(length=0, colors=_INK)
+    axes.tick_params(length=0, colors=INK)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.legend(
-        handles=[Patch(color=_COLOURS[source], label=source) for source in sources],
+        handles=[Patch(color=COLOURS[source], label=source) for source in sources],
         loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=len(sources), frameon=False, fontsize=9,
         borderaxespad=0.2, handlelength=1.0, columnspacing=1.4,
     )  # fmt: skip

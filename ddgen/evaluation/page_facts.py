@@ -73,8 +73,8 @@ def bytes_table(run: RunRecord) -> str:
 
 def command_parts(run: RunRecord) -> list[str]:
     """Returns the commands that make all of it again, as far as they were recorded."""
-    lines = []
-    if run.config:
+    lines = [str(line["command"]) for line in run.history if line.get("command")]
+    if run.config and not lines:
         config = (run.path or Path()) / "config.yaml"
         lines.append(f"accelerate launch train_ldm.py --config {config}")
     for shown in run.sets:

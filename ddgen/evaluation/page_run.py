@@ -15,6 +15,7 @@ from ddgen.checkpoint import read_json
 from ddgen.errors import UserError
 
 PROVENANCE_NAME = "provenance.json"
+HISTORY_NAME = "history.jsonl"
 RUN_FILES = ("config.yaml", "dataset.json", "metrics.jsonl", "distilled", "evaluation")
 
 
@@ -51,6 +52,7 @@ class RunRecord:
         observer_epochs: Lines of observer_metrics.jsonl.
         metrics: Lines of metrics.jsonl.
         reconstruction: What the autoencoder loses.
+        history: Lines of history.jsonl: what training was started with, and how long its stages took.
         sets: Smallest number of images per class first.
     """
 
@@ -61,6 +63,7 @@ class RunRecord:
     observer_epochs: tuple[Mapping[str, Any], ...]
     metrics: tuple[Mapping[str, Any], ...]
     reconstruction: Mapping[str, Any]
+    history: tuple[Mapping[str, Any], ...]
     sets: tuple[EvaluatedSet, ...]
 
 
@@ -92,6 +95,7 @@ def read_run(path: Path | None, evaluation_dir: Path | None = None) -> RunRecord
         observer_epochs=_lines(root / "observer_metrics.jsonl"),
         metrics=_lines(root / "metrics.jsonl"),
         reconstruction=_json(root / "reconstruction.json"),
+        history=_lines(root / HISTORY_NAME),
         sets=sets,
     )
 

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
-from ddgen.evaluation.page_run import RunRecord
+from ddgen.evaluation.page_run import HISTORY_NAME, RunRecord
 
 TimeRow = tuple[str, str, str]
+AUTOENCODER_STAGE = "autoencoder and latents"
 
 
 def time_rows(run: RunRecord) -> list[TimeRow]:
@@ -17,9 +18,14 @@ def time_rows(run: RunRecord) -> list[TimeRow]:
     observer = [epoch["seconds"] for epoch in run.observer_epochs if _is_seconds(epoch.get("seconds"))]
     if observer:
         rows.append(("observer", readable(sum(observer)), f"{len(observer)} epochs, observer_metrics.jsonl"))
-    training = _training_seconds(run)
+    stages = stage_seconds(run)
+    if AUTOENCODER_STAGE in stages:
+        rows.append((AUTOENCODER_STAGE, readable(stages[AUTOENCODER_STAGE]), HISTORY_NAME))
+    training = training_seconds(run)
     if training is not None:
         rows.append(("diffusion model", readable(training), "steps and images per second, metrics.jsonl"))
+    if stages:
+        rows.append(("training in all", readable(sum(stages.values())), f"{HISTORY_NAME}, with the FID curve"))
     for shown in run.sets:
         recorded = shown.manifest.get("provenance", {}).get("seconds")
         for stage, seconds in (recorded if isinstance(recorded, Mapping) else {}).items():
@@ -34,6 +40,18 @@ def time_rows(run: RunRecord) -> list[TimeRow]:
     return rows
 
 
+def stage_seconds(run: RunRecord) -> dict[str, float]:
+    """Returns the seconds of every stage of training, over all times that it was started or gone on with.
+
+    What a killed process spent in the stage that it was killed in is not known, and not counted.
+    """
+    found: dict[str, float] = {}
+    for line in run.history:
+        if line.get("event") == "stage":
+            found[line["stage"]] = found.get(line["stage"], 0.0) + line["seconds"]
+    return found
+
+
 def readable(seconds: float) -> str:
     """Writes a duration the way people read it."""
     if seconds < 10:
@@ -43,7 +61,7 @@ def readable(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _training_seconds(run: RunRecord) -> float | None:
+def training_seconds(run: RunRecord) -> float | None:
     """Seconds of the training steps, without points of the curve: images between two lines over their rate."""
     batch = run.config.get("train_batch_size")
     lines = {

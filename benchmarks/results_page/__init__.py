@@ -1,0 +1,1 @@
+"""The parts of RESULTS.md, for `benchmarks/results.py`."""

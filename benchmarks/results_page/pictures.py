@@ -1,0 +1,135 @@
+"""The pictures of the page."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+from ddgen.checkpoint import write_bytes
+from ddgen.evaluation.curve import best_point, draw_fid_curve
+from ddgen.evaluation.figure import COLOURS, FAINT, INK
+from ddgen.evaluation.page_run import RunRecord
+from ddgen.evaluation.rows import IMAGE_SOURCES
+from results_page.scores import OURS, Recipe, Scores, teachers_of
+from results_page.small import count
+
+LARGE_PREVIEW, SMALL_WIDTH = 500_000, 640  # bytes above which a preview is made smaller; its pixels then
+CAPTION = "Bars: one standard deviation. Points side by side have equally many images; the axes do not start at 0."
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Writes the pictures of a run into docs/ and returns the markdown that shows them.
+
+    Attributes:
+        root: Folder of the page.
+        name: Of the run.
+    """
+
+    root: Path
+    name: str
+
+    def accuracy(self, run: RunRecord, scores: Scores) -> str:
+        """Draws accuracy against images per class, a panel a recipe."""
+        recipes = scores.recipes
+        figure = Figure(figsize=(4.8 * len(recipes), 4.4), dpi=110, layout="constrained")
+        FigureCanvasAgg(figure)
+        panels = figure.subplots(1, len(recipes), squeeze=False)[0]
+        handles: dict[str, Any] = {}
+        for axes, recipe in zip(panels, recipes, strict=True):
+            handles |= _draw_recipe(axes, scores, recipe, teachers_of(run))
+        place = "outside lower center"
+        figure.legend(handles.values(), handles.keys(), loc=place, ncols=4, frameon=False, fontsize=8.5)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png")
+        alt = f"Accuracy of {scores.student} against images per class"
+        shown = self._write(f"accuracy-{scores.student}", alt, lambda path: write_bytes(path, buffer.getvalue()))
+        return f"{shown}\n\n{CAPTION}"
+
+    def curve(self, run: RunRecord) -> str:
+        """Draws the FD curve, where there is one."""
+        metrics = (run.path or Path()) / "metrics.jsonl"
+        if not metrics.is_file() or best_point(metrics) is None:
+            return ""
+        return self._write("fd", "FD curve", lambda path: draw_fid_curve(metrics, path))
+
+    def preview(self, run: RunRecord) -> str:
+        """Takes over the preview of one set, smaller: of the most images per class up to ten."""
+        found = [s for s in run.sets if s.distilled_dir is not None and (s.distilled_dir / "preview.png").is_file()]
+        if not found:
+            return ""
+        chosen = min(found, key=lambda s: (s.manifest.get("ipc", 0) > 10, abs(s.manifest.get("ipc", 0) - 10), s.name))
+        assert chosen.distilled_dir is not None
+        data, note = (chosen.distilled_dir / "preview.png").read_bytes(), ""
+        if len(data) > LARGE_PREVIEW:
+            data, note = _smaller(data), "\n\nMade smaller, with 256 colours."
+        alt = f"Images of {chosen.name}, a class a row"
+        return self._write("preview", alt, lambda path: write_bytes(path, data)) + note
+
+    def _write(self, kind: str, alt: str, write: Callable[[Path], None]) -> str:
+        kind = re.sub(r"[^\w-]+", "-", kind)  # of a network such as torchvision:densenet121
+        path = Path("docs") / f"results-{self.name}-{kind}.png"
+        write(self.root / path)
+        return f"![{alt}]({path.as_posix()})"
+
+
+def _smaller(png: bytes) -> bytes:
+    """Shrinks a picture to `SMALL_WIDTH` and 256 colours, scattered, so that they do not make patches."""
+    with Image.open(io.BytesIO(png)) as image:
+        picture = image.convert("RGB")
+    height = round(picture.height * SMALL_WIDTH / picture.width)
+    picture = picture.resize((SMALL_WIDTH, height), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    few = picture.quantize(palette=picture.quantize(256), dither=Image.Dither.FLOYDSTEINBERG)
+    few.save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _draw_recipe(axes: Axes, scores: Scores, recipe: Recipe, teachers: Mapping[str, float]) -> dict[str, Any]:
+    """Draws one panel and returns what its legend names: scores with their spread, published ones apart."""
+    counts = [ipc for found, ipc in scores.columns if found == recipe]
+    step = 1.025 if len(set(counts)) > 1 else 1.08
+    handles: dict[str, Any] = {}
+    titles = [title for title, row in scores.cells.items() if any(column[0] == recipe for column in row)]
+    for place, title in enumerate(titles):
+        row = scores.cells[title]
+        shift = step ** (place - (len(titles) - 1) / 2)  # side by side, so that no error bar hides another
+        points = [(ipc * shift, row[recipe, ipc]) for ipc in counts if (recipe, ipc) in row]
+        heights = [100 * found["mean"] for _, found in points]
+        spread = [100 * (found.get("std") or 0.0) for _, found in points]
+        source = next((source for source in IMAGE_SOURCES if title.startswith(source)), "")
+        style = "-" if title in IMAGE_SOURCES else "--"
+        handles[title] = axes.errorbar(
+            [x for x, _ in points], heights, spread, color=COLOURS.get(source, INK), marker="o", markersize=4,
+            capsize=3, linewidth=2.2 if source == OURS else 1.4, linestyle=style, zorder=3 if source == OURS else 2,
+        )  # fmt: skip
+    for title, known in scores.published.items():
+        at = [(ipc, known[recipe, ipc]) for ipc in counts if (recipe, ipc) in known]
+        if at:
+            handles[title] = axes.plot(*zip(*at, strict=True), "D", color=INK, markerfacecolor="none", markersize=6)[0]
+    if recipe.teacher is not None and recipe.teacher in teachers:
+        level = 100 * teachers[recipe.teacher]
+        handles["teacher"] = axes.axhline(level, color=INK, linewidth=0.9, linestyle=":")
+    axes.set_xscale("log")
+    axes.set_xticks(counts, [str(ipc) for ipc in counts])
+    axes.set_xticks([], minor=True)
+    axes.set_xlim(min(counts) / 1.5, max(counts) * 1.5)
+    axes.margins(y=0.08)
+    axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))
+    axes.set_xlabel("images per class")
+    axes.set_ylabel("top-1 accuracy on real test images (%)")
+    epochs = f", {count(recipe.epochs, 'epoch')}" if recipe.epochs is not None else ""
+    by = f", labels by {recipe.teacher}" if recipe.teacher else ""
+    axes.set_title(f"{recipe.protocol}: {scores.student}{by}{epochs}", loc="left", fontsize=10)
+    axes.grid(color=FAINT, linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    return handles
