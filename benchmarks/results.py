@@ -25,7 +25,7 @@ from results_page.work import commands_block, hardware_list, times_table
 
 from ddgen.checkpoint import write_bytes
 from ddgen.errors import UserError
-from ddgen.evaluation.page_run import RunRecord, is_run, read_run
+from ddgen.page.run import RunRecord, is_run, read_run
 
 
 @dataclass(frozen=True)

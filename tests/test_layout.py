@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "ddgen"
-ORDER = ["data", "autoencoder", "diffusion", "observer", "distill", "evaluation"]
+ORDER = ["data", "autoencoder", "diffusion", "observer", "distill", "evaluation", "page"]
 SHARED = {
     "config", "seeds", "errors", "checkpoint", "precision", "grids", "hardware", "memory", "resume", "sharding",
     "stopping", "timing",

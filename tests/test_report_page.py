@@ -19,14 +19,15 @@ from PIL import Image
 from ddgen import cli
 from ddgen.checkpoint import write_json
 from ddgen.distill.dataset import DistilledDataset
-from ddgen.evaluation.page import write_page, write_page_of
-from ddgen.evaluation.page_classes import class_parts
-from ddgen.evaluation.page_html import STYLE, Cell, table
-from ddgen.evaluation.page_neighbours import NEIGHBOURS_NAME, save_neighbours
-from ddgen.evaluation.page_pictures import curve, rejected_path, save_rejected
-from ddgen.evaluation.page_results import result_parts
-from ddgen.evaluation.page_run import EvaluatedSet, read_run
-from ddgen.evaluation.page_times import readable, time_rows
+from ddgen.page.classes import class_parts
+from ddgen.page.html import STYLE, Cell, table
+from ddgen.page.neighbours import NEIGHBOURS_NAME, save_neighbours
+from ddgen.page.page import write_page, write_page_of
+from ddgen.page.pictures import curve, rejected_path, save_rejected
+from ddgen.page.results import result_parts
+from ddgen.page.run import EvaluatedSet, read_run
+from ddgen.page.times import time_rows
+from ddgen.timing import readable
 
 HOSTILE = ('<script>alert("x")</script>', "a & b's </h4>", "\" onerror='x")
 VOID = {"meta", "img", "br", "hr", "link", "line", "circle", "polyline", "rect"}

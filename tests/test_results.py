@@ -21,11 +21,12 @@ from ddgen.checkpoint import write_json
 from ddgen.commands.history import History
 from ddgen.commands.runs import command_line
 from ddgen.errors import Stopped
-from ddgen.evaluation.page_run import HISTORY_NAME, PROVENANCE_NAME, read_run
-from ddgen.evaluation.page_times import readable, stage_seconds
 from ddgen.evaluation.protocols import HARD, RDED
 from ddgen.evaluation.report import Results, write_results
 from ddgen.evaluation.rows import IMAGE_SOURCES, Row
+from ddgen.page.run import HISTORY_NAME, PROVENANCE_NAME, read_run
+from ddgen.page.times import stage_seconds
+from ddgen.timing import readable
 
 RDED_REAL = IMAGE_SOURCES[-2]
 

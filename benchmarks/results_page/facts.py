@@ -9,9 +9,9 @@ from typing import Any
 
 from ddgen.checkpoint import read_json
 from ddgen.evaluation.curve import best_point, describe
-from ddgen.evaluation.page_run import EvaluatedSet, RunRecord
 from ddgen.evaluation.report import format_bytes
 from ddgen.hardware import peak_flops
+from ddgen.page.run import EvaluatedSet, RunRecord
 from results_page.scores import teachers_of
 from results_page.small import MISSING, count, first, shorten, table
 from results_page.work import card_of

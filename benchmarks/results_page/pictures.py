@@ -17,8 +17,8 @@ from PIL import Image
 from ddgen.checkpoint import write_bytes
 from ddgen.evaluation.curve import best_point, draw_fid_curve
 from ddgen.evaluation.figure import COLOURS, FAINT, INK
-from ddgen.evaluation.page_run import RunRecord
 from ddgen.evaluation.rows import IMAGE_SOURCES
+from ddgen.page.run import RunRecord
 from results_page.scores import OURS, Recipe, Scores, teachers_of
 from results_page.small import count
 

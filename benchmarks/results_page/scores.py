@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ddgen.evaluation.page_run import EvaluatedSet, RunRecord
 from ddgen.evaluation.protocols import PROTOCOLS
 from ddgen.evaluation.rows import FULL_REAL, IMAGE_SOURCES
+from ddgen.page.run import EvaluatedSet, RunRecord
 from results_page.small import count, join, table
 
 OURS = "distilled"

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ddgen.evaluation.page_run import EvaluatedSet, RunRecord
-from ddgen.evaluation.page_times import AUTOENCODER_STAGE, readable, stage_seconds, training_seconds
+from ddgen.page.run import EvaluatedSet, RunRecord
+from ddgen.page.times import AUTOENCODER_STAGE, stage_seconds, training_seconds
+from ddgen.timing import readable
 from results_page.small import MISSING, count, shorten, table
 
 

@@ -31,14 +31,14 @@ from ddgen.distill.views import StoredViews
 from ddgen.errors import UserError
 from ddgen.evaluation.evaluate import Request
 from ddgen.evaluation.evaluate import evaluate as evaluate_students
-from ddgen.evaluation.page import write_page_of
-from ddgen.evaluation.page_neighbours import NEIGHBOURS_NAME, save_neighbours
-from ddgen.evaluation.page_run import PROVENANCE_NAME
 from ddgen.evaluation.protocol_files import get_protocol
 from ddgen.evaluation.ranking import RankingPlan
 from ddgen.evaluation.report import format_table
 from ddgen.memory import keep_freed_memory
 from ddgen.observer.observer import Observer
+from ddgen.page.neighbours import NEIGHBOURS_NAME, save_neighbours
+from ddgen.page.page import write_page_of
+from ddgen.page.run import PROVENANCE_NAME
 
 
 def evaluate(config: EvaluateConfig) -> int:

@@ -16,9 +16,9 @@ from accelerate import Accelerator
 from ddgen.checkpoint import write_bytes
 from ddgen.commands.runs import command_line
 from ddgen.distill.dataset import versions
-from ddgen.evaluation.page_run import HISTORY_NAME
 from ddgen.hardware import device_name
 from ddgen.launch import num_cores
+from ddgen.page.run import HISTORY_NAME
 
 
 def made_with(accelerator: Accelerator, precision: str) -> dict[str, Any]:

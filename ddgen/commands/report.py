@@ -7,8 +7,8 @@ from pathlib import Path
 from ddgen.commands.runs import find_run
 from ddgen.config import ReportConfig
 from ddgen.errors import UserError
-from ddgen.evaluation.page import write_page
-from ddgen.evaluation.page_run import is_run
+from ddgen.page.page import write_page
+from ddgen.page.run import is_run
 
 
 def report(config: ReportConfig) -> int:

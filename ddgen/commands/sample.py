@@ -40,11 +40,11 @@ from ddgen.distill.select import selection_needs
 from ddgen.distill.selection_report import compared_classes
 from ddgen.distill.streaming import RealScores, confusions, no_real_images
 from ddgen.errors import Stopped, UserError
-from ddgen.evaluation.page_pictures import rejected_path, save_rejected
 from ddgen.hardware import device_name, number_format
 from ddgen.observer.inference import batch_size_of, for_inference
 from ddgen.observer.observer import Observer
 from ddgen.observer.realism import RealismScores, check_observer, real_class_scores, realism_scores
+from ddgen.page.pictures import rejected_path, save_rejected
 from ddgen.resume import on_main
 from ddgen.stopping import stop_at_once
 from ddgen.timing import Clock

@@ -54,7 +54,6 @@ from ddgen.diffusion.training import train_diffusion
 from ddgen.errors import Stopped, UserError
 from ddgen.evaluation.curve import best_point
 from ddgen.evaluation.extractors import Extractor, choose_extractor, observer_extractor
-from ddgen.evaluation.page_times import AUTOENCODER_STAGE
 from ddgen.evaluation.reconstruction import report_reconstruction
 from ddgen.hardware import peak_memory
 from ddgen.observer.epochs import TRAINING_NAME
@@ -62,6 +61,7 @@ from ddgen.observer.observer import Observer
 from ddgen.observer.perceptual import PerceptualLoss
 from ddgen.observer.realism import check_observer
 from ddgen.observer.training import train_observer
+from ddgen.page.times import AUTOENCODER_STAGE
 from ddgen.resume import Checkpoints, on_main
 from ddgen.stopping import stop_at_once
 

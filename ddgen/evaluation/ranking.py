@@ -18,7 +18,6 @@ from tqdm import tqdm
 from ddgen.errors import UserError
 from ddgen.evaluation.batches import AHEAD_PIXELS, Batch
 from ddgen.evaluation.cells import Cell, Setting, Teacher, is_done, job_of, run_cell
-from ddgen.evaluation.page_times import readable
 from ddgen.evaluation.protocols import Protocol
 from ddgen.evaluation.rank_correlation import Candidate, RankedSet, Ranking, kendall, spearman, with_interval
 from ddgen.evaluation.scoring import scored_epochs
@@ -27,6 +26,7 @@ from ddgen.evaluation.students import Diverged, Job, Learner, make_batches
 from ddgen.evaluation.teacher_epoch import student_network
 from ddgen.observer.networks import build_network
 from ddgen.seeds import numpy_generator
+from ddgen.timing import readable
 
 MIN_CANDIDATES = 4
 TIMED_SECONDS = 0.5  # for timing the steps of one network

@@ -13,9 +13,9 @@ from ddgen.checkpoint import write_bytes
 from ddgen.data import ImageDataset
 from ddgen.distill.dataset import DistilledDataset
 from ddgen.distill.foreign_dataset import ForeignDataset
-from ddgen.evaluation.page_html import paragraph
-from ddgen.evaluation.page_pictures import MOST_CLASSES, Caption, evenly, images_by_class
 from ddgen.observer.observer import Observer, predict_pixels
+from ddgen.page.html import paragraph
+from ddgen.page.pictures import MOST_CLASSES, Caption, evenly, images_by_class
 
 NEIGHBOURS_NAME = "neighbours.safetensors"
 MOST_PAIRS = 3  # of a class

@@ -13,11 +13,11 @@ from ddgen.checkpoint import write_bytes
 from ddgen.distill.dataset import DistilledDataset
 from ddgen.errors import UserError
 from ddgen.evaluation.curve import best_point, describe, read_curves
-from ddgen.evaluation.page_classes import class_parts
-from ddgen.evaluation.page_facts import bytes_table, command_parts, provenance_parts, recipe_parts
-from ddgen.evaluation.page_html import definitions, document, esc, number, paragraph, section, table, text
-from ddgen.evaluation.page_neighbours import neighbours_of
-from ddgen.evaluation.page_pictures import (
+from ddgen.page.classes import class_parts
+from ddgen.page.facts import bytes_table, command_parts, provenance_parts, recipe_parts
+from ddgen.page.html import definitions, document, esc, number, paragraph, section, table, text
+from ddgen.page.neighbours import neighbours_of
+from ddgen.page.pictures import (
     MOST_CLASSES,
     average_name,
     best_rejected,
@@ -27,9 +27,9 @@ from ddgen.evaluation.page_pictures import (
     picture,
     rejected_path,
 )
-from ddgen.evaluation.page_results import OURS, comparison, result_parts
-from ddgen.evaluation.page_run import EvaluatedSet, RunRecord, read_run
-from ddgen.evaluation.page_times import time_rows
+from ddgen.page.results import OURS, comparison, result_parts
+from ddgen.page.run import EvaluatedSet, RunRecord, read_run
+from ddgen.page.times import time_rows
 
 Section = tuple[str, str, str]
 MOST_SETS_WITH_PICTURES = 3  # keeps the page at a few MB

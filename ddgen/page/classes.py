@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ddgen.evaluation.page_html import Cell, esc, number, table, text
+from ddgen.page.html import Cell, esc, number, table, text
 
 OURS = "distilled"
 LARGEST_MATRIX = 20  # classes whose confusion is drawn

@@ -17,8 +17,8 @@ from ddgen.checkpoint import write_bytes
 from ddgen.distill.dataset import DistilledDataset
 from ddgen.distill.preview import percent
 from ddgen.evaluation.curve import LOWER_IS_BETTER, Series, describe
-from ddgen.evaluation.page_html import data_uri, esc, figure
 from ddgen.grids import to_pil
+from ddgen.page.html import data_uri, esc, figure
 
 MOST_CLASSES = 12
 MOST_IMAGES = 10  # of a class

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ddgen.evaluation.page_html import Cell, esc, number, paragraph, table, text
-from ddgen.evaluation.page_pictures import round_ticks
+from ddgen.page.html import Cell, esc, number, paragraph, table, text
+from ddgen.page.pictures import round_ticks
 
 SIDE, LEFT, RIGHT, TOP, BOTTOM = 240, 32, 14, 26, 38  # of a panel, in units of its own
 

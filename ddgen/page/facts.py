@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ddgen.evaluation.page_html import definitions, esc, number, paragraph, table, text
-from ddgen.evaluation.page_results import OURS
-from ddgen.evaluation.page_run import EvaluatedSet, RunRecord
 from ddgen.evaluation.report import format_bytes
+from ddgen.page.html import definitions, esc, number, paragraph, table, text
+from ddgen.page.results import OURS
+from ddgen.page.run import EvaluatedSet, RunRecord
 
 
 def recipe_parts(run: RunRecord) -> list[str]:

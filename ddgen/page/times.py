@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
-from ddgen.evaluation.page_run import HISTORY_NAME, RunRecord
+from ddgen.page.run import HISTORY_NAME, RunRecord
+from ddgen.timing import readable
 
 TimeRow = tuple[str, str, str]
 AUTOENCODER_STAGE = "autoencoder and latents"
@@ -50,15 +51,6 @@ def stage_seconds(run: RunRecord) -> dict[str, float]:
         if line.get("event") == "stage":
             found[line["stage"]] = found.get(line["stage"], 0.0) + line["seconds"]
     return found
-
-
-def readable(seconds: float) -> str:
-    """Writes a duration the way people read it."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def training_seconds(run: RunRecord) -> float | None:

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ddgen.errors import UserError
-from ddgen.evaluation.page_html import Cell, esc, number, paragraph, table, text
-from ddgen.evaluation.page_ranking import ranking_parts
-from ddgen.evaluation.page_run import EvaluatedSet
 from ddgen.evaluation.protocol_files import get_protocol
 from ddgen.evaluation.report import format_bytes
+from ddgen.page.html import Cell, esc, number, paragraph, table, text
+from ddgen.page.ranking import ranking_parts
+from ddgen.page.run import EvaluatedSet
 
 OURS = "distilled"
 MOST_COLUMNS = 4  # of scores side by side, before every protocol gets a table of its own
