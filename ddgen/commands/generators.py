@@ -25,7 +25,7 @@ from ddgen.observer.realism import RealismScores, candidate_problem
 PROBE_IMAGES = 64
 OWN_ONLY = ("fast", "guidance_interval", "eta", "guide", "torch_compile", "modes")
 """Settings that no diffusers pipeline has."""
-HONOURED = (None, False, "auto", "none")
+HONOURED = {"guide": ("auto", "none")}
 """Values of theirs that any pipeline honours: it has no guide of its own."""
 FOREIGN_ONLY = ("prompt", "class_map")
 
@@ -59,7 +59,7 @@ def candidate_source(
         _check_same_images(config, generator, class_names, image_size)
         return generator if config.modes is None else steered(config, run_dir, generator, accelerator)
     for name in OWN_ONLY:
-        if getattr(config, name) not in HONOURED:
+        if getattr(config, name) not in HONOURED.get(name, (None, False)):
             raise UserError(f"--{name}: only ddgen's own generators have it, not {config.generator}; leave it out")
     return load_foreign(
         files,
