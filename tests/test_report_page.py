@@ -113,7 +113,7 @@ def dataset(class_names: tuple[str, ...] = HOSTILE, ipc: int = 2) -> DistilledDa
         class_names=class_names,
         provenance={
             "dataset": "toys", "command": "python sample.py --ipc 2", "seed": 0, "num_source_images": 1234,
-            "generator_fingerprint": "abc123", "recipe": {"sampler": "ddim, 20 steps", "note": "<b>"},
+            "candidates": {"generator": "abc123", "seed": 0}, "recipe": {"sampler": "ddim, 20 steps", "note": "<b>"},
             "selection": {"candidates": 24, "mean_realism_loss_pool": 2.345, "mean_realism_loss_kept": 0.678,
                           "class_named_pool": 0.51, "class_named_kept": 0.83},
             "seconds": {"sampling": 61.0, "ranking": 4.25},
