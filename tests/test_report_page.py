@@ -197,6 +197,14 @@ def test_the_page_has_every_number(finished: Path, tmp_path: Path) -> None:
     assert [value for value in expected if value not in page.words] == []
 
 
+def test_what_rded_real_is_is_told_where_it_stands() -> None:
+    with_it, without = (
+        Page("".join(result_parts(EvaluatedSet("ipc2", results=results([row("distilled"), row(other)]))))).words
+        for other in ("rded real", "random real")
+    )
+    assert "rded real: crops of real images by RDED" in with_it and "rded real:" not in without
+
+
 def test_observers_stand_down_and_students_across() -> None:
     rows = [
         row(kind, student=student, observer=teacher, scores=[score])

@@ -162,6 +162,7 @@ def test_rows_keep_their_order_and_published_numbers_stand_apart(tmp_path: Path)
     assert minus["distilled minus random real"] == ["+1.0 within the spread", "-3.0 below", ""]
     assert minus[f"distilled minus {RDED_REAL}"] == ["", "-20.0 below", ""]
     assert "0.99" not in text and "99.0" not in text  # the best epoch
+    assert "- rded real: crops of real images, distilled by RDED" in text
     assert "seed 7" in text and "Teacher convnet3: 81.2 on the same test images" in text
 
 
