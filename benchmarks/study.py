@@ -22,7 +22,7 @@ import json
 import shutil
 import statistics
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -42,6 +42,7 @@ from ddgen.commands.generators import candidate_source
 from ddgen.commands.runs import find_run, load_on_all, observer_dir, read_run_config, start_accelerator
 from ddgen.config import SampleConfig, Selection
 from ddgen.data import ImageDataset
+from ddgen.diffusion.generator import Generator
 from ddgen.distill.rded import plan_crops, rank_class
 from ddgen.distill.select import Candidates, select, select_random
 from ddgen.distill.selection_report import report_class
@@ -256,7 +257,7 @@ class Study:
         return pixels, found
 
     def _path(self, pool: Pool, repeat: int, label: int) -> Path:
-        return self.root / "pools" / f"{pool}-{self.settings.pool_size}-{repeat}" / f"{label:05d}.safetensors"
+        return self.root / "pools" / pool_name(self.settings, pool, repeat) / f"{label:05d}.safetensors"
 
     def _sampled(self, pool: Pool, repeat: int) -> list[Tensor]:
         return [load_file(self._path(pool, repeat, label))["pixels"] for label in range(self.train.num_classes)]
@@ -281,6 +282,11 @@ class Study:
         if pool == "steered":
             config = replace(config, modes=settings.modes)
         source = candidate_source(config, self.run_dir, self.accelerator, self.precision)
+        if pool == "autoguided" and (not isinstance(source, Generator) or source.guide is None):
+            raise UserError(
+                f"--guide {settings.guide}: {self.run_dir} has no guide, or samples with guidance scale 1; name another"
+                " guide, or leave autoguided out of --pools"
+            )
         mine = classes[self.accelerator.process_index :: self.accelerator.num_processes]
         for label in tqdm(mine, desc=f"{pool} {repeat}", unit="class"):
             parts = [
@@ -288,6 +294,12 @@ class Study:
                 for indices in torch.arange(settings.pool_size).split(SAMPLED_TOGETHER)
             ]
             write_bytes(self._path(pool, repeat, label), save({"pixels": torch.cat(parts)}))
+
+
+def pool_name(settings: Settings, pool: Pool, repeat: int) -> str:
+    """Returns the name of a generated pool's folder, which tells all settings that its images depend on."""
+    of = {"autoguided": f"-{digest(settings.guide.encode())[:8]}", "steered": f"{settings.modes}"}.get(pool, "")
+    return f"{pool}{of}-{settings.pool_size}-seed{settings.seed}-{repeat}"
 
 
 def _whole(train: ImageDataset, count: int, seed: int) -> list[Tensor]:
@@ -311,8 +323,8 @@ def run(study: Study) -> int:
     accelerator, identity = study.accelerator, study.identity()
     study.root.mkdir(parents=True, exist_ok=True)
     study.draw_pools()
-    done = read_results(study.root, identity)
-    rows = [row for row in study.rows() if done.get(row, {}).get("epochs") != study.epochs(row.ipc)]
+    done = read_results(study.root, identity, study.epochs)
+    rows = [row for row in study.rows() if row not in done]
     claims = study.root / "claims"
     if accelerator.is_main_process:
         shutil.rmtree(claims, ignore_errors=True)
@@ -322,13 +334,13 @@ def run(study: Study) -> int:
     for number, row in enumerate(tqdm(rows, desc="students", unit="student", dynamic_ncols=True)):
         if not _claim(claims / str(number)):
             continue
-        known = {found["images"]: found for found in read_results(study.root, identity).values()}
+        known = {found["images"]: found for found in read_results(study.root, identity, study.epochs).values()}
         line = {"identity": identity, **asdict(row), **study.measure(row, known)}
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        write_report(study, read_results(study.root, identity))
+        write_report(study, read_results(study.root, identity, study.epochs))
     return 0
 
 
@@ -341,15 +353,16 @@ def _claim(path: Path) -> bool:
     return True
 
 
-def read_results(root: Path, identity: dict[str, Any]) -> Done:
-    """Returns what is measured, of this identity; what was measured later counts."""
+def read_results(root: Path, identity: dict[str, Any], epochs: Callable[[int], int]) -> Done:
+    """Returns what is measured, of this identity, by students of as many epochs as `epochs` says of their ipc."""
     done: Done = {}
     for path in sorted(root.glob("results-*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():
             values = json.loads(line)
             if values.pop("identity") == json.loads(json.dumps(identity)):
                 row = Row(**{name: values.pop(name) for name in ("pool", "rule", "labels", "ipc", "repeat")})
-                done[row] = values
+                if values["epochs"] == epochs(row.ipc):
+                    done[row] = values
     return done
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.models.attention_processor import Attention
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ddgen.autoencoder.autoencoder import identity, wrap
@@ -400,7 +401,13 @@ def test_a_damaged_guide_is_named(generator: Generator, tmp_path: Path) -> None:
     folder = tmp_path / "generator"
     save_generator(generator, folder, "card", guide=kept())
     weights = folder / "guide" / "diffusion_pytorch_model.safetensors"
-    for damage in (lambda: weights.write_bytes(b"half"), (folder / "guide" / "guide.json").unlink):
+    some = load_file(weights)
+    del some["conv_out.bias"]
+    for damage in (
+        lambda: save_file(some, weights, {"format": "pt"}),
+        lambda: weights.write_bytes(b"half"),
+        (folder / "guide" / "guide.json").unlink,
+    ):
         damage()
         with pytest.raises(UserError) as error:
             own_generator(SampleConfig(guide="auto"), folder, CPU, "no")

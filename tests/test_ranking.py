@@ -221,6 +221,18 @@ def test_the_page_draws_a_point_per_candidate_and_tells_everything() -> None:
     assert ranking_parts(None) == []
 
 
+def test_the_page_stands_candidates_that_are_all_equal() -> None:
+    """As at chance, which is a round number for ten classes."""
+    flat = compare("distilled", 300, (0.1,) * 4, (0.1,) * 4, 0)
+    found: dict[str, Any] = {
+        "confidence": 0.95, "protocol": "rded", "teacher": None, "real_epochs": 5, "real_accuracies": (0.1,) * 4,
+        "candidates": [{"network": f"convnet{d}", "lr_factor": 1.0} for d in range(4)], "diverged": [],
+        "sets": [json.loads(json.dumps(flat, default=vars))],
+    }  # fmt: skip
+    page = Page("".join(ranking_parts(found)))
+    assert ["distilled", "300", "-", "-"] in page.rows and len(page.named("circle")) == 4
+
+
 def test_the_command_ranks_only_if_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for label in ("0", "1"):
         (tmp_path / "set" / label).mkdir(parents=True)

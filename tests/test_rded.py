@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -356,10 +357,10 @@ def test_the_baseline_is_drawn_anew_for_every_student_and_once_only(
         seeds=torch.zeros(6, dtype=torch.int64), indices=torch.arange(6), class_names=NAMES, provenance={"factor": 2},
     )  # fmt: skip
 
-    def source() -> Source:
+    def source(judged: DistilledDataset = judged, known: Observer | None = None, seed: int = 3) -> Source:
         (found,) = baseline_sources(
-            ["rded-real"], judged, None, data, observer(), seed=3, device=CPU, precision="no", cache_dir=tmp_path,
-            progress=False,
+            ["rded-real"], judged, None, data, known or observer(), seed=seed, device=CPU, precision="no",
+            cache_dir=tmp_path, progress=False,
         )  # fmt: skip
         return found
 
@@ -369,6 +370,15 @@ def test_the_baseline_is_drawn_anew_for_every_student_and_once_only(
         assert images.labels.tolist() == labels.tolist() and images.factor == 2
         ranked = rank(data, 1, ipc=3, factor=2, seed=derive(3, "repeat", repeat))
         assert torch.equal(images.pixels[2:5], compose(ranked.patches[ranked.kept], 2, 16))
+    other = observer()
+    with torch.no_grad():
+        next(other.parameters()).add_(1.0)
+    whole = replace(judged, provenance={"factor": 1})
+    fewer = replace(judged, **{name: getattr(judged, name)[1:] for name in
+                               ("pixels", "labels", "soft_labels", "realism", "seeds", "indices")})  # fmt: skip
+    for changed in (source(whole), source(fewer), source(known=other), source(seed=4)):
+        changed.draw(0)  # is not taken for what was drawn before
+    assert len(list(tmp_path.iterdir())) == 2 + 4
     monkeypatch.setattr("ddgen.evaluation.sources.rded_real", lambda *args, **settings: pytest.fail("ranked again"))
     assert all(torch.equal(source().draw(repeat).pixels, drawn[repeat].pixels) for repeat in (0, 1))
 

@@ -113,7 +113,7 @@ def dataset(class_names: tuple[str, ...] = HOSTILE, ipc: int = 2) -> DistilledDa
         class_names=class_names,
         provenance={
             "dataset": "toys", "command": "python sample.py --ipc 2", "seed": 0, "num_source_images": 1234,
-            "generator_fingerprint": "abc123", "recipe": {"sampler": "ddim, 20 steps", "note": "<b>"},
+            "candidates": {"generator": "abc123", "seed": 0}, "recipe": {"sampler": "ddim, 20 steps", "note": "<b>"},
             "selection": {"candidates": 24, "mean_realism_loss_pool": 2.345, "mean_realism_loss_kept": 0.678,
                           "class_named_pool": 0.51, "class_named_kept": 0.83},
             "seconds": {"sampling": 61.0, "ranking": 4.25},
@@ -195,6 +195,14 @@ def test_the_page_has_every_number(finished: Path, tmp_path: Path) -> None:
         "unreadable, left out 3", "Best rejected", "61%", "4.0 s", "61 s", "4.2 s",
     ]  # fmt: skip
     assert [value for value in expected if value not in page.words] == []
+
+
+def test_what_rded_real_is_is_told_where_it_stands() -> None:
+    with_it, without = (
+        Page("".join(result_parts(EvaluatedSet("ipc2", results=results([row("distilled"), row(other)]))))).words
+        for other in ("rded real", "random real")
+    )
+    assert "rded real: crops of real images by RDED" in with_it and "rded real:" not in without
 
 
 def test_observers_stand_down_and_students_across() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import signal
@@ -161,6 +162,7 @@ def test_rows_keep_their_order_and_published_numbers_stand_apart(tmp_path: Path)
     assert minus["distilled minus random real"] == ["+1.0 within the spread", "-3.0 below", ""]
     assert minus[f"distilled minus {RDED_REAL}"] == ["", "-20.0 below", ""]
     assert "0.99" not in text and "99.0" not in text  # the best epoch
+    assert "- rded real: crops of real images, distilled by RDED" in text
     assert "seed 7" in text and "Teacher convnet3: 81.2 on the same test images" in text
 
 
@@ -217,13 +219,13 @@ def test_the_generators_card_tells_what_history_does_not(tmp_path: Path) -> None
     card = f"{rows}\n\nMade with\n\n```\npython train_ldm.py -x\n```"
     (run / "generator").mkdir(parents=True)
     (run / "generator" / "README.md").write_text(card)
-    (run / "config.yaml").write_text("vae: /home/me/vae\nobserver: hub/observer\n")
+    (run / "config.yaml").write_text("vae: /home/me/Ann's vae\nobserver: hub/observer\n")
     write_json(run / "observer" / "config.json", {"network": "convnet3", "accuracy": 0.5})
     text = page(tmp_path, run)
     assert "Not evaluated" in text
     assert "- training: A big one, cores, threads and processes not recorded, mixed precision bf16; torch 9" in text
     assert "```\npython train_ldm.py -x\n```" in text
-    assert "given (`/path/to/vae`), not trained in this run" in text and "/home/me" not in text
+    assert "given (`/path/to/Ann's vae`), not trained in this run" in text and "/home/me" not in text
     assert "given (`hub/observer`), not trained" in text
     assert table(text, "stage")["observer"] == ["none", "given"]
 
@@ -248,21 +250,26 @@ def test_rank_correlations_are_told_with_their_intervals(tmp_path: Path) -> None
     path = tmp_path / "run" / "evaluation" / "ipc10" / "results.json"
     known, none = {"value": 0.814, "low": 0.2, "high": 0.95}, {"value": None, "low": None, "high": None}
     sets = [{"images": "distilled", "epochs": 300, "spearman": known, "kendall": none}]
-    ranking = {"protocol": "rded", "candidates": [{}] * 9, "real_epochs": 30, "sets": sets, "seconds": 200.0}
+    ranking = {"protocol": "rded", "candidates": [{}] * 9, "real_epochs": 30, "sets": sets, "seconds": 200.0,
+               "diverged": ["vit, on random real"]}  # fmt: skip
     write_json(path, json.loads(path.read_text()) | {"ranking": ranking})
     text = page(tmp_path, tmp_path / "run")
     assert "| distilled | 300 | 0.81 | 0.20 to 0.95 | none |  |" in text and "order 9 candidates" in text
+    assert "- vit, on random real: the loss diverged, which counts as chance." in text
     assert table(text, "stage")["ranking candidates by ipc10"] == ["3 min", "results.json"]
 
 
 def test_a_large_preview_is_made_smaller(tmp_path: Path) -> None:
     folder = tmp_path / "run" / "distilled" / "ipc10"
-    write_json(folder / "manifest.json", {"ipc": 10, "num_images": 100, "image_bytes": 1, "soft_label_bytes": 2})
+    made = {"recipe": {"sampler": "unipc, 8 steps", "guidance": "none", "steering": "to 10 modes of each class"}}
+    facts = {"ipc": 10, "num_images": 100, "image_bytes": 1, "soft_label_bytes": 2, "provenance": made}
+    write_json(folder / "manifest.json", facts)
     Image.effect_noise((1280, 800), 90).convert("RGB").save(folder / "preview.png")
     text = page(tmp_path, tmp_path / "run")
     with Image.open(tmp_path / "docs" / "results-run-preview.png") as small:
         assert small.size == (640, 400) and small.mode == "P"
     assert "Made smaller" in text
+    assert table(text, "set")["ipc10"][4] == "unipc, 8 steps; none; steered to 10 modes of each class"
 
 
 @pytest.mark.parametrize(
@@ -307,6 +314,19 @@ def test_history_counts_all_starts_and_says_what_was_killed(tmp_path: Path) -> N
     assert stage_seconds(read_run(run))["observer"] == 11.0
     whole = table(page(tmp_path, run), "stage")["all of training, with the FD curve"]
     assert whole == ["11 s", "history.jsonl, in 3 starts; the last stage of 1 killed not counted"]
+
+
+def test_what_stops_a_stage_is_told_on_a_full_disk_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    history = History(tmp_path, Accelerator(cpu=True), "no")
+
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("ddgen.commands.history.write_bytes", full)
+    with pytest.raises(Stopped), history.stage("observer"):
+        raise Stopped("stopped at step 3", signal.SIGTERM)
+    with pytest.raises(OSError, match="No space left"), history.stage("observer"):
+        pass
 
 
 def test_commands_are_written_as_they_were_typed(monkeypatch: pytest.MonkeyPatch) -> None:

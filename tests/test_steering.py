@@ -155,7 +155,10 @@ def test_nothing_is_steered_at_the_level_and_below() -> None:
 
 
 def clustered(num_images: int = 60) -> tuple[LatentCache, Tensor, Tensor]:
-    """Latents (n, 1, 2, 2, 2) of two classes, each of three tight clusters of unequal size; and the true centres."""
+    """Latents (n, 2, 2, 2, 2) of two classes, each of three tight clusters of unequal size; and the true centres.
+
+    What is stored is not standardised yet, as in a cache that was just written.
+    """
     draw = torch.Generator().manual_seed(1)
     centres = 3 * torch.randn(2, 3, 2, 2, 2, generator=draw)
     labels = torch.arange(num_images) % 2
@@ -163,7 +166,9 @@ def clustered(num_images: int = 60) -> tuple[LatentCache, Tensor, Tensor]:
     noise = 0.01 * torch.randn(num_images, 2, 2, 2, generator=draw)
     latents = centres[labels, cluster] + noise
     mirrored = torch.full_like(latents, 99.0)  # would be found if it were looked at
-    return LatentCache(torch.stack([latents, mirrored], 1).half(), None, "made up"), labels, centres
+    scale, shift = torch.full((2, 1, 1), 2.0), torch.tensor([0.5, -0.5])[:, None, None]
+    stored = (torch.stack([latents, mirrored], 1) - shift) / scale
+    return LatentCache(stored.half(), None, "made up", scale, shift), labels, centres
 
 
 def test_modes_are_the_centres_of_clusters_the_largest_first() -> None:
@@ -172,8 +177,10 @@ def test_modes_are_the_centres_of_clusters_the_largest_first() -> None:
     assert torch.allclose(modes.centres, centres, atol=0.02) and modes.count == 3
     assert torch.allclose(modes.weights, torch.tensor([0.5, 1 / 3, 1 / 6]).expand(2, 3), atol=0.04)
     assert torch.allclose(modes.variance, torch.tensor(1e-4), rtol=0.2)
-    means = [latents.mean[labels == label, 0].float().mean(0) for label in (0, 1)]
-    assert torch.allclose(find_modes(latents, labels, ("ant", "bee"), 1, 0).centres[:, 0], torch.stack(means))
+    means = [2 * latents.mean[labels == label, 0].float().mean(0) + latents.shift for label in (0, 1)]
+    assert torch.allclose(
+        find_modes(latents, labels, ("ant", "bee"), 1, 0).centres[:, 0], torch.stack(means), atol=1e-6
+    )
 
 
 def test_modes_are_a_function_of_latents_number_and_seed() -> None:

@@ -13,7 +13,7 @@ from ddgen.evaluation.report import format_bytes
 from ddgen.hardware import peak_flops
 from ddgen.page.run import EvaluatedSet, RunRecord
 from results_page.scores import teachers_of
-from results_page.small import MISSING, count, first, shorten, table
+from results_page.small import MISSING, count, first, shorten_path, table
 from results_page.work import card_of
 
 
@@ -47,7 +47,7 @@ def _observer(run: RunRecord) -> str:
     text += f", {100 * tested:.1f} % on the test images" if tested is not None else ""
     given, epochs = run.config.get("observer"), run.config.get("observer_epochs")
     if given:
-        return f"{text}; given (`{shorten(str(given))}`), not trained in this run"
+        return f"{text}; given (`{shorten_path(str(given))}`), not trained in this run"
     return f"{text}; {count(epochs, 'epoch')}" if epochs else text
 
 
@@ -63,7 +63,7 @@ def _autoencoder(run: RunRecord) -> str:
         which = f"of {count(found['num_images'], 'image')} the observer gets {before:.1f} % right"
         parts.append(f"{which}, {seen:.1f} % once reconstructed")
     given = run.config.get("vae")
-    return ", ".join(parts) + (f"; given (`{shorten(str(given))}`), not trained in this run" if given else "")
+    return ", ".join(parts) + (f"; given (`{shorten_path(str(given))}`), not trained in this run" if given else "")
 
 
 def _diffusion(run: RunRecord) -> str:
@@ -107,14 +107,15 @@ def sets_table(run: RunRecord) -> str:
         chosen = made.get("selection") or {}
         kept, pool = chosen.get("class_named_kept"), chosen.get("class_named_pool")
         named = f"{100 * kept:.0f} % of kept, {100 * pool:.0f} % of all" if None not in (kept, pool) else MISSING
-        sampler = "; ".join(str(recipe[key]) for key in ("sampler", "guidance") if key in recipe)
+        sampling = [str(recipe[key]) for key in ("sampler", "guidance") if key in recipe]
+        sampling += [f"steered {recipe['steering']}"] if "steering" in recipe else []
         made_of, ipc = chosen.get("candidates"), shown.manifest.get("ipc")
         stored = [format_bytes(shown.manifest[key]) for key in ("image_bytes", "soft_label_bytes")]
         body.append(
             (
                 shown.name, f"{shown.manifest.get('num_images', 0):,} ({ipc} a class)",
                 f"{made_of:,}" if made_of is not None else str(recipe.get("images", MISSING)),
-                str(first(recipe.get("selection"), chosen.get("rule"), MISSING)), named, sampler or MISSING,
+                str(first(recipe.get("selection"), chosen.get("rule"), MISSING)), named, "; ".join(sampling) or MISSING,
                 str(first(made.get("seed"), MISSING)), " + ".join(stored),
             )
         )  # fmt: skip
@@ -139,6 +140,8 @@ def ranking_parts(run: RunRecord) -> list[str]:
             " are bootstrapped over the candidates."
         )
         parts.append(table(titles, body))
+        lost = [f"- {name}: the loss diverged, which counts as chance." for name in found.get("diverged") or ()]
+        parts += ["\n".join(lost)] if lost else []
     return parts
 
 

@@ -236,10 +236,12 @@ def _notes(run: RunRecord, scores: Scores) -> list[str]:
     evaluated = [shown.results for shown in run.sets if shown.results.get("rows")]
     seeds = join(found.get("seed") for found in evaluated)
     notes = [f"{count(scores.repeats, 'student')} a cell unless it says otherwise; seed {seeds}."]
+    if any(row["images"] == "rded real" for row in rows):
+        notes.append("rded real: crops of real images, distilled by RDED with the first observer.")
     if any(row.get("std") is not None for row in rows):
         notes.append(
             "Above or below: by more than both standard deviations together. They are of training students, and of"
-            " drawing random real images anew; the distilled images are one set, from one generator."
+            " drawing random real and rded real images anew; the distilled images are one set, from one generator."
         )
     for protocol in dict.fromkeys(recipe.protocol for recipe in scores.recipes):
         full = [row["epochs"] for row in rows if row["protocol"] == protocol and row["images"] == FULL_REAL]

@@ -32,6 +32,10 @@ def count(number: int, what: str) -> str:
 
 
 def shorten(command: str) -> str:
-    """Replaces absolute paths by their last names: where a disk is mounted is nobody's business."""
-    words = shlex.split(command)
-    return shlex.join(re.sub(r"^(--\w+=)?/(?:.*/)?([^/]+)/?$", r"\1/path/to/\2", word) for word in words)
+    """Replaces a command's absolute paths by their last names: where a disk is mounted is nobody's business."""
+    return shlex.join(map(shorten_path, shlex.split(command)))
+
+
+def shorten_path(word: str) -> str:
+    """Replaces an absolute path, alone or after ``--setting=``, by its last name."""
+    return re.sub(r"^(--\w+=)?/(?:.*/)?([^/]+)/?$", r"\1/path/to/\2", word)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -59,13 +59,18 @@ class History:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Measures a stage; one that is interrupted is written too, as not done."""
-        started, done = time.perf_counter(), False
+        """Measures a stage; one that is interrupted is written too, as not done, where the disk takes it.
+
+        What interrupted it, a full disk for instance, is what the user has to see.
+        """
+        started = time.perf_counter()
         try:
             yield
-            done = True
-        finally:
-            self.add_stage(name, time.perf_counter() - started, done=done)
+        except BaseException:
+            with suppress(OSError):
+                self.add_stage(name, time.perf_counter() - started, done=False)
+            raise
+        self.add_stage(name, time.perf_counter() - started)
 
     def add_stage(self, name: str, seconds: float, *, done: bool = True) -> None:
         """Writes a stage that was measured already."""

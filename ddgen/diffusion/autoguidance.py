@@ -82,11 +82,11 @@ def own_guide(folder: Path, generator: Generator) -> Guide | None:
         facts = read_json(path / "guide.json")
         name = f"its own weights after {facts['step']:,} of {facts['max_train_steps']:,} steps"
         unet = UNet2DModel.from_pretrained(path, use_safetensors=True, torch_dtype=torch.float32)
+        return _guide(unet, generator, name)  # raises where weights are missing, which diffusers only mentions
     except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(
             f"--guide auto: {path}: damaged ({_one_line(error)}); copy the generator again, or use --guide none"
         ) from None
-    return _guide(unet, generator, name)
 
 
 def load_guide(path: Path, generator: Generator) -> Guide:

@@ -137,7 +137,7 @@ def _provenance_of(shown: EvaluatedSet) -> list[tuple[str, object]]:
     return [
         ("images from", None if shown.manifest else found.get("distilled_dir")),
         ("seed of the candidates", made.get("seed")),
-        ("fingerprint of the generator", made.get("generator_fingerprint")),
+        ("fingerprint of the generator", (made.get("candidates") or {}).get("generator")),
         ("fingerprint of the observer", made.get("observer_fingerprint")),
         ("students trained on", ", ".join(str(part) for part in device if part) or None),
         ("evaluated", found.get("finished")),

@@ -197,13 +197,13 @@ def evenly(count: int, most: int) -> list[int]:
 
 
 def round_ticks(low: float, high: float) -> list[float]:
-    """Returns about four round numbers from `low` to just above `high`."""
+    """Returns about four round numbers from `low` to just above `high`, and never fewer than two."""
     span = (high - low) or abs(high) or 1.0
     rough = span / 4
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
     first = math.floor(low / step)
-    last = math.ceil(high / step - 1e-9)
+    last = max(first + 1, math.ceil(high / step - 1e-9))
     return [round(step * i, 12) for i in range(first, last + 1)]
 
 

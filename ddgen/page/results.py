@@ -173,6 +173,8 @@ def _notes(results: Mapping[str, Any], shown: EvaluatedSet) -> str:
         )
     if results.get("flip") is False:
         notes.append("Without the protocols' mirroring: a mirror image would be another class.")
+    if any(row["images"] == "rded real" for row in results["rows"]):
+        notes.append("rded real: crops of real images by RDED, with the first observer, drawn anew for every student.")
     notes += [str(remark) for remark in shown.provenance.get("remarks", ())]
     recipes = [
         f"{name}: {title}."

@@ -1,0 +1,40 @@
+"""The study of rules and labels: what it takes for measured, and which pools it takes for the same."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.study import Row, Settings, pool_name, read_results
+
+IDENTITY = {"seed": 0, "ipcs": (1, 2)}  # a tuple is a list in the file
+
+
+def write(path: Path, row: Row, identity: dict[str, Any] = IDENTITY, **measured: float) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps({"identity": identity, **asdict(row), **measured}) + "\n")
+
+
+def test_only_students_of_the_wanted_epochs_count_whichever_process_wrote_them(tmp_path: Path) -> None:
+    row, other = Row("crops", "realism", "online", 10, 0), Row("crops", "random", "online", 10, 0)
+    write(tmp_path / "results-0.jsonl", row, epochs=300, accuracy=0.5)
+    write(tmp_path / "results-1.jsonl", row, epochs=30, accuracy=0.3)  # of an earlier start
+    write(tmp_path / "results-1.jsonl", other, identity=IDENTITY | {"seed": 1}, epochs=300, accuracy=0.4)
+    for epochs, accuracy in ((300, 0.5), (30, 0.3)):
+        found = read_results(tmp_path, IDENTITY, lambda ipc, epochs=epochs: epochs if ipc == 10 else 1)
+        assert found == {row: {"epochs": epochs, "accuracy": accuracy}}
+    assert read_results(tmp_path, IDENTITY, lambda ipc: 7) == {}
+
+
+def test_a_pool_is_of_everything_that_its_images_depend_on() -> None:
+    settings = Settings()
+    for pool, changes in (
+        ("generated", [{"seed": 1}, {"pool_size": 30}]),
+        ("autoguided", [{"seed": 1}, {"guide": "runs/a"}, {"guide": "runs/b"}]),
+        ("steered", [{"seed": 1}, {"modes": 50}]),
+    ):
+        names = {pool_name(replace(settings, **change), pool, 0) for change in ({}, *changes)}  # type: ignore[arg-type]
+        assert len(names | {pool_name(settings, pool, 1)}) == len(changes) + 2  # type: ignore[arg-type]
+    assert pool_name(settings, "generated", 0) == pool_name(replace(settings, guide="x", modes=3), "generated", 0)
