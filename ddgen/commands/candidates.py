@@ -9,19 +9,19 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor
 
 from ddgen.checkpoint import read_json, write_json
 from ddgen.config import SampleConfig
 from ddgen.distill.batching import BatchSizes, Budget, memory_of
-from ddgen.distill.filling import Halt, Key, budget_left, fill, keys_in_turn, missing_keys
+from ddgen.distill.filling import Key, budget_left, fill, keys_in_turn, missing_keys
 from ddgen.distill.pool import KEEP_NAME, CandidatePool, CandidateSource, remove_if_done, short_hash, tidy
 from ddgen.distill.progress import LatestCandidates, Watch
 from ddgen.distill.streaming import RealScores, Score, SelectedClass, StreamingSelection, no_real_images
-from ddgen.errors import Stopped, UserError
+from ddgen.errors import UserError
 from ddgen.resume import on_main
 from ddgen.timing import Clock
+from ddgen.together import Halt, together
 
 PREVIEW_NAME, PROBED_NAME = "preview.png", "probed.json"
 
@@ -114,7 +114,7 @@ class Candidates:
             look(pixels, torch.tensor(classes).repeat_interleave(count))
             write_json(marker, self.score_settings)
 
-        self._together(work if self.accelerator.is_main_process else lambda: None)
+        together(self.accelerator, self.halt, work if self.accelerator.is_main_process else lambda: None)
         self.pool.refresh()
         self.accelerator.wait_for_everyone()
 
@@ -127,9 +127,9 @@ class Candidates:
         """
         count = self.config.num_candidates
         if count is not None:
-            self._together(lambda: self._fill_by_count(count))
+            together(self.accelerator, self.halt, lambda: self._fill_by_count(count))
             return [count] * len(self.pool.class_names)
-        self._together(self._fill_by_time)
+        together(self.accelerator, self.halt, self._fill_by_time)
         self.pool.refresh()
         counts = self.pool.balanced_counts()
         if not min(counts):
@@ -137,7 +137,7 @@ class Candidates:
                 f"--budget_seconds {self.config.budget_seconds:g}: {sum(map(bool, counts)):,} of {len(counts):,}"
                 " classes got an image in that time; give more, the same command goes on"
             )
-        self._together(lambda: self._rank(counts))
+        together(self.accelerator, self.halt, lambda: self._rank(counts))
         return counts
 
     def gather(self, counts: list[int]) -> list[SelectedClass]:
@@ -248,21 +248,6 @@ class Candidates:
             title=title or ("Candidates" if processes == 1 else f"Candidates of process 1 of {processes}"),
             first=self.num_made == 0,
         )
-
-    def _together(self, work: Callable[[], None]) -> None:
-        """Runs work on every process; what stops one stops all, and is raised on all."""
-        failed: UserError | Stopped | None = None
-        try:
-            work()
-        except (UserError, Stopped) as error:
-            failed = error
-            self.halt.call()
-        except BaseException:
-            self.halt.call()
-            raise
-        found = [error for error in gather_object([failed]) if error is not None]
-        if found:
-            raise found[0]
 
 
 def cuda_wait(device: torch.device) -> Callable[[], None]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ddgen.checkpoint import write_json
 from ddgen.commands.history import made_with
 from ddgen.commands.runs import (
+    check_shared,
     command_line,
     data_of_run,
     find_run,
@@ -28,30 +30,41 @@ from ddgen.data import ImageDataset
 from ddgen.distill.dataset import DistilledDataset, read_manifest, update_results, versions
 from ddgen.distill.foreign_dataset import ForeignDataset, check_source, read_dataset
 from ddgen.distill.views import StoredViews
-from ddgen.errors import UserError
+from ddgen.errors import Stopped, UserError
 from ddgen.evaluation.evaluate import Request
 from ddgen.evaluation.evaluate import evaluate as evaluate_students
 from ddgen.evaluation.protocol_files import get_protocol
 from ddgen.evaluation.ranking import RankingPlan
-from ddgen.evaluation.report import format_table
+from ddgen.evaluation.report import Results, format_table
+from ddgen.evaluation.sharing import Claims, evaluate_together
 from ddgen.memory import keep_freed_memory
 from ddgen.observer.observer import Observer
 from ddgen.page.neighbours import NEIGHBOURS_NAME, save_neighbours
 from ddgen.page.page import write_page_of
 from ddgen.page.run import PROVENANCE_NAME
+from ddgen.stopping import stop_at_once
 
 
 def evaluate(config: EvaluateConfig) -> int:
     """Trains students on the distilled images and on the baselines; writes results.json, a table, a figure, a page."""
-    started = time.perf_counter()
-    run_dir, distilled_dir = which_dataset(config.run_dir, config.ipc, config.distilled_dir)
+    ranking = _ranking(config)
+    with stop_at_once():
+        accelerator, precision = start_accelerator(config.mixed_precision)
+        try:
+            _evaluate(config, ranking, accelerator, precision)
+        except Stopped as stopped:
+            if not accelerator.is_main_process:
+                return 128 + stopped.signal_number  # the main process says it
+            raise
+    return 0
+
+
+def _evaluate(config: EvaluateConfig, ranking: RankingPlan | None, accelerator: Accelerator, precision: str) -> None:
+    started, say = time.perf_counter(), accelerator.print
+    run_dir, distilled_dir = which_dataset(config.run_dir, config.ipc, config.distilled_dir, say)
     source = config.distilled_dir or str(distilled_dir)
     check_source(source) if config.distilled_dir is not None else read_manifest(distilled_dir)
-    ranking = _ranking(config)
     output_dir = _evaluation_dir(config, run_dir, distilled_dir)
-    accelerator, precision = start_accelerator(config.mixed_precision)
-    if accelerator.num_processes > 1:
-        raise UserError(f"evaluate.py runs in one process, not {accelerator.num_processes}: start it with python")
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     data = data_of_run(config.data, run_dir)
@@ -65,54 +78,63 @@ def evaluate(config: EvaluateConfig) -> int:
     )  # fmt: skip
     if config.dry_run:
         students = ", ".join(config.students or (default_student(observers),))
-        print(f"dry run: {students} x {', '.join(config.protocols)} x {config.repeats} on {source}")
-        return 0
+        say(f"dry run: {students} x {', '.join(config.protocols)} x {config.repeats} on {source}")
+        return
     for remark in _remarks(rounds):
-        print(f"{source}: {remark}")
-    print(f"evaluating {source} on the {len(test_images):,} test images of {test_images.name}")
-    ours = isinstance(rounds[0], DistilledDataset)
-    generated = None
-    baselines = default_baselines(observers) if config.baselines is None else config.baselines
-    if "random-generated" in baselines:
-        generated = _load_random_generated(run_dir if ours else None, distilled_dir)
+        say(f"{source}: {remark}")
+    say(f"evaluating {source} on the {len(test_images):,} test images of {test_images.name}")
     with_views = any(recipe.labels == "views" for recipe in recipes)
-    results = evaluate_students(
-        Request(
-            rounds=rounds,
-            train=train_images,
-            test=test_images,
-            observers=observers,
-            students=config.students,
-            protocols=config.protocols,
-            baselines=baselines,
-            repeats=config.repeats,
-            epochs=config.epochs,
-            seed=config.seed,
-            device=accelerator.device,
-            precision=precision,
-            output_dir=output_dir,
-            random_generated=(generated["pixels"], generated["labels"]) if generated else None,
-            views=[StoredViews.load(Path(path)) for path in (source, *config.rounds)] if with_views else (),
-            with_full=config.with_full,
-            ranking=ranking,
-            default_student=default_student(observers),
-            flip=data.may_flip,
-        )
+    baselines = default_baselines(observers) if config.baselines is None else config.baselines
+    request = Request(
+        rounds=rounds,
+        train=train_images,
+        test=test_images,
+        observers=observers,
+        students=config.students,
+        protocols=config.protocols,
+        baselines=baselines,
+        repeats=config.repeats,
+        epochs=config.epochs,
+        seed=config.seed,
+        device=accelerator.device,
+        precision=precision,
+        output_dir=output_dir,
+        random_generated=_random_generated(baselines, rounds[0], run_dir, distilled_dir, say),
+        views=[StoredViews.load(Path(path)) for path in (source, *config.rounds)] if with_views else (),
+        with_full=config.with_full,
+        ranking=ranking,
+        default_student=default_student(observers),
+        flip=data.may_flip,
+        progress=accelerator.is_main_process,
     )
-    facts = {"made_with": made_with(accelerator, precision), "seconds": time.perf_counter() - started}
-    write_json(output_dir / PROVENANCE_NAME, _provenance(source, rounds) | facts)
-    if ours:
+
+    def write(results: Results) -> None:
+        facts = {"made_with": made_with(accelerator, precision), "seconds": time.perf_counter() - started}
+        write_json(output_dir / PROVENANCE_NAME, _provenance(source, rounds) | facts)
+        _write(results, request, run_dir, distilled_dir, source)
+
+    if accelerator.num_processes == 1:
+        write(evaluate_students(request))
+        return
+    claims = Claims(output_dir, accelerator)
+    check_shared(claims.folder, accelerator)
+    evaluate_together(request, claims, write)
+
+
+def _write(results: Results, request: Request, run_dir: Path | None, distilled_dir: Path, source: str) -> None:
+    """Writes what is made of the results, and says where it is."""
+    output_dir, judged = request.output_dir, request.rounds[0]
+    if isinstance(judged, DistilledDataset):
         update_results(distilled_dir, results.to_dict())
-        if observers:
+        if request.observers:
             neighbours = output_dir / NEIGHBOURS_NAME
-            save_neighbours(rounds[0], train_images, observers[0], neighbours, device=accelerator.device)
+            save_neighbours(judged, request.train, request.observers[0], neighbours, device=request.device)
     page = write_page_of(run_dir, output_dir)
     print(format_table(results))
     print(f"results:           {output_dir / 'results.json'}")
     print(f"figure:            {output_dir / 'accuracy.png'}")
     print(f"report:            {page}")
     print(f"distilled dataset: {source}")
-    return 0
 
 
 def _ranking(config: EvaluateConfig) -> RankingPlan | None:
@@ -147,16 +169,35 @@ def _provenance(source: str, rounds: Sequence[DistilledDataset | ForeignDataset]
     }
 
 
-def _load_random_generated(run_dir: Path | None, distilled_dir: Path) -> dict[str, Tensor] | None:
-    path = None if run_dir is None else random_generated_path(run_dir, distilled_dir)
-    if path is None or not path.is_file():
-        print("no random-generated rows: sample.py left no unselected candidates of this dataset")
+def _random_generated(
+    baselines: Sequence[str],
+    judged: DistilledDataset | ForeignDataset,
+    run_dir: Path | None,
+    distilled_dir: Path,
+    say: Callable[[str], None],
+) -> tuple[Tensor, Tensor] | None:
+    """Returns pixels and labels of the run's candidates that nobody selected, if they are asked for and there."""
+    if "random-generated" not in baselines:
         return None
-    return load_file(path)
+    ours = isinstance(judged, DistilledDataset)
+    path = random_generated_path(run_dir, distilled_dir) if run_dir is not None and ours else None
+    if path is None or not path.is_file():
+        say("no random-generated rows: sample.py left no unselected candidates of this dataset")
+        return None
+    found = load_file(path)
+    return found["pixels"], found["labels"]
 
 
-def which_dataset(given_run: str | None, ipc: int | None, given_dataset: str | None) -> tuple[Path | None, Path]:
+def which_dataset(
+    given_run: str | None, ipc: int | None, given_dataset: str | None, say: Callable[[str], None] = print
+) -> tuple[Path | None, Path]:
     """Returns the run, if there is one, and the distilled dataset that settings of these names mean.
+
+    Args:
+        given_run: ``--run_dir``.
+        ipc: ``--ipc``.
+        given_dataset: ``--distilled_dir``.
+        say: Prints which run it is.
 
     Raises:
         UserError: There is none.
@@ -168,7 +209,7 @@ def which_dataset(given_run: str | None, ipc: int | None, given_dataset: str | N
             run_dir = path.parent.parent
         return run_dir, path
     run_dir, chosen = find_run(given_run, with_generator=False)
-    print(f"run: {run_dir} ({chosen})")
+    say(f"run: {run_dir} ({chosen})")
     if ipc is not None:
         return run_dir, run_dir / "distilled" / f"ipc{ipc}"
     found = sorted((run_dir / "distilled").glob("*/class_names.json"), key=lambda path: path.stat().st_mtime)

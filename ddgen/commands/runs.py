@@ -104,10 +104,10 @@ def load_on_all(accelerator: Accelerator, data: DataConfig, split: Literal["trai
 
 
 def check_shared(path: Path, accelerator: Accelerator, patience_seconds: float = 90.0) -> None:
-    """Checks that every process sees a file that the main process has just written.
+    """Checks that every process sees a file or folder that the main process has just written.
 
     Args:
-        path: The file.
+        path: The file or folder.
         accelerator: Processes; every one must call this.
         patience_seconds: How long to look for it: a network disk may show a new file to other machines a minute late.
 
@@ -116,7 +116,7 @@ def check_shared(path: Path, accelerator: Accelerator, patience_seconds: float =
     """
     accelerator.wait_for_everyone()
     end = time.monotonic() + patience_seconds
-    while not path.is_file():
+    while not path.exists():
         if time.monotonic() > end:
             raise UserError(
                 f"--output_dir {path.parent}: process {accelerator.process_index} on {platform.node()} does not see"

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from itertools import chain, islice
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -21,12 +19,12 @@ from ddgen.errors import Stopped, UserError
 from ddgen.resume import full_disk_explained
 from ddgen.stopping import note_signals
 from ddgen.timing import Clock
+from ddgen.together import Halt
 
 Key = tuple[int, int]
 """Class and index of a candidate."""
 WAITING = 2
 """Batches that may wait to be stored while the next is sampled."""
-HALT_NAME = "halt"
 SPENT = ("seconds", "seconds_per_image")
 
 
@@ -47,30 +45,6 @@ def keys_in_turn(pool: CandidatePool, process_index: int = 0, num_processes: int
         if not pool.has(label, index):
             yield label, index
         number += num_processes
-
-
-class Halt:
-    """A file by which one process tells the others to stop sampling, where none of them waits for another.
-
-    Args:
-        directory: The folder of the pool they fill.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self.path = directory / HALT_NAME
-
-    def clear(self) -> None:
-        """Forgets what an earlier run has left; before any process samples."""
-        self.path.unlink(missing_ok=True)
-
-    def call(self) -> None:
-        """Tells the others; where that cannot be written, they go on to their end."""
-        with suppress(OSError):
-            self.path.touch()
-
-    def called(self) -> bool:
-        """Whether a process wants all to stop."""
-        return self.path.exists()
 
 
 class _Storing:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,8 +19,9 @@ from ddgen.distill.views import StoredViews
 from ddgen.errors import UserError
 from ddgen.evaluation.baselines import BY_OBSERVER
 from ddgen.evaluation.batches import Look, TrainingImages
-from ddgen.evaluation.cells import Cell, Setting, Teacher, run_cell
+from ddgen.evaluation.cells import Setting, Teacher, run_cell
 from ddgen.evaluation.figure import draw_accuracy
+from ddgen.evaluation.planned import Planned
 from ddgen.evaluation.protocol_files import get_protocol
 from ddgen.evaluation.protocols import Protocol
 from ddgen.evaluation.ranking import Contest, RankingPlan, announce, check_plan, rank
@@ -103,6 +104,29 @@ class Request:
         return self.rounds[0].class_names
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What an evaluation trains.
+
+    Attributes:
+        request: What to judge, and how.
+        recipes: The request's.
+        teachers: All observers.
+        setting: What all students share.
+        sources: What they train on.
+        rows: The students of every row.
+        contest: What is to be ranked, if anything.
+    """
+
+    request: Request
+    recipes: Sequence[Protocol]
+    teachers: Sequence[Teacher]
+    setting: Setting
+    sources: Sequence[Source]
+    rows: Sequence[Sequence[Planned]]
+    contest: Contest | None
+
+
 def evaluate(request: Request) -> Results:
     """Trains students on the distilled images and on the baselines, and scores them on the real test images.
 
@@ -115,6 +139,22 @@ def evaluate(request: Request) -> Results:
     Raises:
         UserError: Before any training: artefacts whose classes or sizes do not match, settings that cannot be honoured.
     """
+    plan = make_plan(request, lambda: make_sources(request))
+    if plan.contest is not None:
+        print(announce(plan.contest))
+    return results_of(plan)
+
+
+def make_plan(request: Request, get_sources: Callable[[], list[Source]]) -> Plan:
+    """Checks a request, measures its observers and chooses the images of the baselines.
+
+    Args:
+        request: What to judge, and how.
+        get_sources: Calls `make_sources`; only if the request is found right.
+
+    Raises:
+        UserError: As `evaluate`.
+    """
     recipes = [get_protocol(name) for name in request.protocols]
     pairs = _pairs(request, recipes)
     _check(request, recipes, pairs)
@@ -123,20 +163,24 @@ def evaluate(request: Request) -> Results:
         request.precision, request.output_dir / "cells", _looks(request, recipes), request.progress,
     )  # fmt: skip
     teachers = _teachers(request)
-    sources = _sources(request)
+    sources = get_sources()
     contest = _contest(request, recipes[0], sources, teachers, setting)
-    if contest is not None:
-        print(announce(contest))
-    image_bytes = {source.name: png_bytes(source.draw(0).pixels) for source in sources}
     rows = [
-        _row(source, recipe, student, online, teachers, setting, image_bytes[source.name])
+        _planned_row(source, recipe, student, online, setting)
         for student, recipe in pairs
         for online in _online(recipe, teachers)
         for source in sources
         if recipe.labels != "views" or source.name == "distilled"
     ]
+    return Plan(request, recipes, teachers, setting, sources, rows, contest)
+
+
+def results_of(plan: Plan) -> Results:
+    """Trains the students that are not there yet, and writes ``results.json`` and ``accuracy.png``."""
+    request, setting = plan.request, plan.setting
+    image_bytes = {source.name: png_bytes(source.draw(0).pixels) for source in plan.sources}
     results = Results(
-        rows=tuple(rows),
+        rows=tuple(_row(row, plan.teachers, setting, image_bytes[row[0].source.name]) for row in plan.rows),
         dataset=request.test.name,
         num_classes=setting.num_classes,
         num_test=len(request.test),
@@ -147,11 +191,11 @@ def evaluate(request: Request) -> Results:
         seed=request.seed,
         epochs_override=request.epochs,
         flip=request.flip,
-        teachers=tuple((teacher.name, teacher.accuracy) for teacher in teachers),
-        recipes=tuple(recipes),
+        teachers=tuple((teacher.name, teacher.accuracy) for teacher in plan.teachers),
+        recipes=tuple(plan.recipes),
         precision=request.precision,
         device=request.device.type,
-        ranking=None if contest is None else rank(contest),
+        ranking=None if plan.contest is None else rank(plan.contest),
     )
     write_results(results, request.output_dir / "results.json")
     draw_accuracy(results, request.output_dir / "accuracy.png")
@@ -165,7 +209,14 @@ def _pairs(request: Request, recipes: Sequence[Protocol]) -> list[tuple[str, Pro
     return [(student, recipe) for student in request.students for recipe in recipes]
 
 
-def _sources(request: Request) -> list[Source]:
+def make_sources(request: Request) -> list[Source]:
+    """Returns the distilled images, the baselines, and all real images if they were asked for.
+
+    What an observer chooses is kept in ``output_dir/baselines``.
+
+    Raises:
+        UserError: A class of the real images is too small.
+    """
     observer = request.observers[0] if request.observers else None
     baselines = baseline_sources(
         request.baselines, request.rounds[0], request.random_generated, request.train, observer,
@@ -306,37 +357,35 @@ def _teachers(request: Request) -> list[Teacher]:
     return teachers
 
 
-def _row(
-    source: Source,
-    recipe: Protocol,
-    student: str,
-    online: tuple[Teacher, ...],
-    teachers: Sequence[Teacher],
-    setting: Setting,
-    image_bytes: int,
-) -> Row:
+def _planned_row(
+    source: Source, recipe: Protocol, student: str, online: tuple[Teacher, ...], setting: Setting
+) -> list[Planned]:
     epochs = num_epochs(source, recipe, student, setting)
     repeats = min(setting.repeats, source.repeats or setting.repeats)
+    return [Planned(source, recipe, student, online, epochs, repeat) for repeat in range(repeats)]
+
+
+def _row(row: Sequence[Planned], teachers: Sequence[Teacher], setting: Setting, image_bytes: int) -> Row:
+    source, recipe, student, online = row[0].source, row[0].recipe, row[0].network, row[0].online
     teacher = " + ".join(t.name for t in online) or None
     results: list[StudentResult] = []
     with tqdm(
-        total=repeats * epochs,
+        total=sum(planned.epochs for planned in row),
         desc=" ".join(filter(None, (f"{source.name:<16}", f"{recipe.name:<4}", student, teacher and f"by {teacher}"))),
         unit="epoch",
         disable=not setting.progress,
         dynamic_ncols=True,
         bar_format="{desc} |{bar:20}| {percentage:3.0f}% [{elapsed}<{remaining}]{postfix}",
     ) as bar:
-        for repeat in range(repeats):
+        for planned in row:
 
-            def on_epoch(_: int, accuracy: float | None, repeat: int = repeat) -> None:
+            def on_epoch(_: int, accuracy: float | None, repeat: int = planned.repeat) -> None:
                 bar.update(1)
                 if accuracy is not None:
-                    bar.set_postfix_str(f"student {repeat + 1}/{repeats} at {100 * accuracy:.1f}")
+                    bar.set_postfix_str(f"student {repeat + 1}/{len(row)} at {100 * accuracy:.1f}")
 
-            images = labelled(source.draw(repeat), recipe, teachers, setting)
-            cell = Cell(source.name, images, source.content, recipe, student, online, source.ipc, epochs, repeat)
-            result, there = run_cell(cell, setting, on_epoch)
+            images = labelled(source.draw(planned.repeat), recipe, teachers, setting)
+            result, there = run_cell(planned.cell(images), setting, on_epoch)
             bar.update(result.epochs if there else 0)
             results.append(result)
             bar.set_postfix_str(f"last epoch {' '.join(f'{100 * r.accuracy_last:.1f}' for r in results)}")

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from ddgen.errors import UserError
 from ddgen.evaluation.batches import AHEAD_PIXELS, Batch
 from ddgen.evaluation.cells import Cell, Setting, Teacher, is_done, job_of, run_cell
+from ddgen.evaluation.planned import Planned
 from ddgen.evaluation.protocols import Protocol
 from ddgen.evaluation.rank_correlation import Candidate, RankedSet, Ranking, kendall, spearman, with_interval
 from ddgen.evaluation.scoring import scored_epochs
@@ -72,17 +73,20 @@ class Contest:
     teachers: Sequence[Teacher]
     setting: Setting
 
-    def cells(self, source: Source) -> list[Cell]:
+    def planned(self, source: Source) -> list[Planned]:
         """Returns the students of one set, one per candidate."""
-        images = labelled(source.draw(0), self.recipe, self.teachers, self.setting)
         return [
-            Cell(
-                source.name, images, source.content, self.recipe.times_learning_rate(candidate.lr_factor),
-                candidate.network, self.online, source.ipc,
-                num_epochs(source, self.recipe, candidate.network, self.setting), 0,
+            Planned(
+                source, self.recipe.times_learning_rate(candidate.lr_factor), candidate.network, self.online,
+                num_epochs(source, self.recipe, candidate.network, self.setting), repeat=0, may_diverge=True,
             )
             for candidate in self.candidates
         ]  # fmt: skip
+
+    def cells(self, source: Source) -> list[Cell]:
+        """Returns the students of one set with their images, which are the same."""
+        images = labelled(source.draw(0), self.recipe, self.teachers, self.setting)
+        return [planned.cell(images) for planned in self.planned(source)]
 
 
 def default_networks(image_size: int) -> tuple[str, ...]:
@@ -114,8 +118,13 @@ def check_plan(plan: RankingPlan, recipe: Protocol, num_classes: int, image_size
         build_network(network, num_classes, image_size, norm=recipe.norm, setting="--rank_models")
 
 
-def announce(contest: Contest) -> str:
-    """Says how many students a contest trains and about how long that takes, after timing a few steps of each kind."""
+def announce(contest: Contest, num_processes: int = 1) -> str:
+    """Says how many students a contest trains and about how long that takes, after timing a few steps of each kind.
+
+    Args:
+        contest: Candidates and sets.
+        num_processes: That share the students.
+    """
     cells = [cell for source in contest.sources for cell in contest.cells(source)]
     missing = [cell for cell in cells if not is_done(cell, contest.setting)]
     names = ", ".join(source.name for source in contest.sources)
@@ -123,7 +132,10 @@ def announce(contest: Contest) -> str:
     text += f": {len(cells)} students"
     if len(missing) < len(cells):
         text += f", {len(cells) - len(missing)} of them there already"
-    return text + (f", about {readable(estimate_seconds(missing, contest.setting))}" if missing else "")
+    if not missing:
+        return text
+    processes = f" on {num_processes} processes" if num_processes > 1 else ""
+    return f"{text}, about {readable(estimate_seconds(missing, contest.setting) / num_processes)}{processes}"
 
 
 def rank(contest: Contest) -> Ranking:
