@@ -42,7 +42,7 @@ def together(accelerator: Accelerator, halt: Halt, work: Callable[[], None]) -> 
     """Runs work on every process, which has to look at `halt` now and then; returns when all are done.
 
     Raises:
-        UserError: A mistake that any process has found, on all of them.
+        UserError: A mistake that any process has found, on all of them; or one of them is gone.
         Stopped: SIGTERM or Ctrl-C on any process, on all of them.
     """
     failed: UserError | Stopped | None = None
@@ -54,6 +54,10 @@ def together(accelerator: Accelerator, halt: Halt, work: Callable[[], None]) -> 
     except BaseException:
         halt.call()
         raise
-    found = [error for error in gather_object([failed]) if error is not None]
+    try:
+        found = [error for error in gather_object([failed]) if error is not None]
+    except RuntimeError as error:  # of the connection: a process has crashed, or was killed
+        cause = " ".join(str(error).split())[:160]
+        raise failed or UserError(f"another process has ended too early; the same command goes on ({cause})") from None
     if found:
         raise found[0]

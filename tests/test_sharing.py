@@ -18,18 +18,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from accelerate import Accelerator
 from evaluation_cases import colour_observer, colours
 from test_ranking import distilled, evaluate_picture
 from test_scale import ROOT, finish, free_port
 
 import evaluate as evaluate_command
-from ddgen.errors import UserError
+from ddgen.errors import Stopped, UserError
 from ddgen.evaluation import cells, sharing, sources
 from ddgen.evaluation.evaluate import Request, evaluate
 from ddgen.evaluation.report import Results
 from ddgen.evaluation.sharing import Claims, evaluate_together
-from ddgen.together import HALT_NAME
+from ddgen.together import HALT_NAME, Halt, together
 
 FULL = ["--with_full", "--repeats", "2", "--baselines", "random-real", "--students", "convnet1w4", "convnet2w4",
         "--with_ranking", "--rank_models", "convnet1w4", "convnet2w4", "--rank_lr_factors", "1", "1e30"]  # fmt: skip
@@ -49,7 +50,7 @@ def request(output_dir: Path, accelerator: Accelerator) -> Request:
     train = colours(6, "train")
     return Request(
         rounds=[distilled(train)], train=train, test=colours(20, "test"), observers=[colour_observer()],
-        students=("convnet1w8",), protocols=("rded", "stored"), baselines=("herding", "rded-real"), repeats=2,
+        students=("convnet1w8",), protocols=("rded", "fixed-soft"), baselines=("herding", "rded-real"), repeats=2,
         epochs=2, seed=0, device=accelerator.device, precision="no", output_dir=output_dir, progress=False,
     )  # fmt: skip
 
@@ -180,6 +181,23 @@ def test_two_processes_share_the_students_of_one(tmp_path: Path) -> None:
     results = evaluate(request(tmp_path / "taught-by-one", Accelerator(cpu=True)))
     assert len(results.rows) == 6
     assert without_times(tmp_path / "taught-by-two") == without_times(tmp_path / "taught-by-one")
+
+
+def test_a_process_that_is_gone_is_told_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(_: object) -> list[object]:
+        raise RuntimeError("Connection closed\nby peer")
+
+    def stop() -> None:
+        raise Stopped(signal.SIGTERM)
+
+    monkeypatch.setattr("ddgen.together.gather_object", closed)
+    halt = Halt(tmp_path)
+    with pytest.raises(UserError, match=r"has ended too early; .* \(Connection closed by peer\)"):
+        together(Accelerator(cpu=True), halt, lambda: None)
+    assert not halt.called()
+    with pytest.raises(Stopped):  # why this process stops is known
+        together(Accelerator(cpu=True), halt, stop)
+    assert halt.called()
 
 
 if __name__ == "__main__":
