@@ -26,7 +26,7 @@ from ddgen.distill.select import select_random
 from ddgen.errors import UserError
 from ddgen.evaluation.augment import shuffle_patches
 from ddgen.evaluation.baselines import rded_real
-from ddgen.evaluation.evaluate import Request
+from ddgen.evaluation.evaluate import Request, make_sources
 from ddgen.evaluation.evaluate import evaluate as evaluate_students
 from ddgen.evaluation.sources import Source, baseline_sources
 from ddgen.evaluation.students import Job, StudentResult, train_student
@@ -381,6 +381,26 @@ def test_the_baseline_is_drawn_anew_for_every_student_and_once_only(
     assert len(list(tmp_path.iterdir())) == 2 + 4
     monkeypatch.setattr("ddgen.evaluation.sources.rded_real", lambda *args, **settings: pytest.fail("ranked again"))
     assert all(torch.equal(source().draw(repeat).pixels, drawn[repeat].pixels) for repeat in (0, 1))
+
+
+def test_teachers_that_were_stopped_early_do_not_choose_the_baselines(tmp_path: Path) -> None:
+    trained, stopped_early = observer(), observer(gain=-3.0)
+    judged = DistilledDataset(
+        pixels=noise(6), labels=torch.arange(3).repeat_interleave(2), soft_labels=torch.full((6, 3), 1 / 3).half(),
+        realism=torch.ones(6), seeds=torch.zeros(6, dtype=torch.int64), indices=torch.arange(6), class_names=NAMES,
+        provenance={},
+    )  # fmt: skip
+
+    def drawn(teacher: Observer, ranker: Observer | None) -> Tensor:
+        request = Request(
+            rounds=[judged], train=dataset(), test=dataset(), observers=[teacher], students=["convnet2"],
+            protocols=["rded"], baselines=["rded-real"], repeats=1, epochs=1, seed=0, device=CPU, precision="no",
+            output_dir=tmp_path, ranker=ranker, progress=False,
+        )  # fmt: skip
+        return make_sources(request)[1].draw(0).pixels
+
+    assert torch.equal(drawn(stopped_early, trained), drawn(trained, None))
+    assert not torch.equal(drawn(stopped_early, trained), drawn(stopped_early, None))
 
 
 # --- the command

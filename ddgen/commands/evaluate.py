@@ -72,9 +72,12 @@ def _evaluate(config: EvaluateConfig, ranking: RankingPlan | None, accelerator: 
     rounds = [read_dataset(source, train_images), *(_read_round(path, train_images) for path in config.rounds)]
     recipes = [get_protocol(name) for name in config.protocols]
     own = () if run_dir is None else (observer_dir(run_dir),)
-    observers = load_teachers(
-        config.observer or own, train_images.class_names, None if config.dry_run else config.teacher_epoch,
-        ipc=rounds[0].ipc, data=data, accelerator=accelerator, precision=precision,
+    rankers, observers = (
+        load_teachers(
+            config.observer or own, train_images.class_names, epoch,
+            ipc=rounds[0].ipc, data=data, accelerator=accelerator, precision=precision,
+        )
+        for epoch in (None, None if config.dry_run else config.teacher_epoch)
     )  # fmt: skip
     if config.dry_run:
         students = ", ".join(config.students or (default_student(observers),))
@@ -99,6 +102,7 @@ def _evaluate(config: EvaluateConfig, ranking: RankingPlan | None, accelerator: 
         device=accelerator.device,
         precision=precision,
         output_dir=output_dir,
+        ranker=next(iter(rankers), None),
         random_generated=_random_generated(baselines, rounds[0], run_dir, distilled_dir, say),
         views=[StoredViews.load(Path(path)) for path in (source, *config.rounds)] if with_views else (),
         with_full=config.with_full,

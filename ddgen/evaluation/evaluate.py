@@ -68,6 +68,8 @@ class Request:
         device: Where students train.
         precision: "no", "bf16" or "fp16".
         output_dir: Receives results.json, accuracy.png and cells/.
+        ranker: Chooses the real images of baselines, as sample.py's first observer chooses candidates; None takes the
+            first of `observers`, which is another one where teachers were stopped early.
         random_generated: Generated images that nobody selected: pixels uint8 (n, 3, s, s), labels (n,).
         views: Stored views of each round, for recipes that train on those; they judge the distilled images only.
         with_full: Add students on all real images.
@@ -90,6 +92,7 @@ class Request:
     device: torch.device
     precision: str
     output_dir: Path
+    ranker: Observer | None = None
     random_generated: tuple[Tensor, Tensor] | None = None
     views: Sequence[StoredViews] = ()
     with_full: bool = False
@@ -217,9 +220,9 @@ def make_sources(request: Request) -> list[Source]:
     Raises:
         UserError: A class of the real images is too small.
     """
-    observer = request.observers[0] if request.observers else None
+    ranker = request.ranker or next(iter(request.observers), None)
     baselines = baseline_sources(
-        request.baselines, request.rounds[0], request.random_generated, request.train, observer,
+        request.baselines, request.rounds[0], request.random_generated, request.train, ranker,
         seed=request.seed, device=request.device, precision=request.precision,
         cache_dir=request.output_dir / "baselines", progress=request.progress,
     )  # fmt: skip
