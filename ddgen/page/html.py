@@ -92,7 +92,8 @@ figure.panels svg { display: block; width: 100%; height: auto; color: var(--ink)
   border-bottom: 1px solid var(--rule); break-inside: avoid; }
 .class h4 { margin: 0; font-size: .9rem; font-family: inherit; overflow-wrap: anywhere; }
 @media (max-width: 42rem) { .class { grid-template-columns: 1fr; }
-  .images { grid-template-columns: repeat(auto-fill, minmax(3.4rem, 1fr)); } }
+  .images { grid-template-columns: repeat(auto-fill, minmax(3.4rem, 1fr)); }
+  .images.pairs { grid-template-columns: repeat(6, 1fr); } }
 details { margin: .5rem 0 1rem; }
 summary { cursor: pointer; font-size: .9rem; color: var(--accent); padding: .25rem 0; }
 footer { margin-top: 3rem; padding-top: 1rem; padding-bottom: 3rem; }

@@ -83,4 +83,4 @@ def neighbours_of(evaluation_dir: Path, dataset: DistilledDataset) -> str:
         "Each kept image is followed by the training image of its class that is closest to it in the observer's "
         "features, with the cosine between the two."
     )
-    return told + images_by_class(pairs, labels, captions, dataset.class_names, "image")
+    return told + images_by_class(pairs, labels, captions, dataset.class_names, "image", css="images pairs")

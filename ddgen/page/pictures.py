@@ -47,7 +47,12 @@ class Caption:
 
 
 def images_by_class(
-    pixels: Tensor, labels: Tensor, captions: Sequence[Caption], class_names: Sequence[str], what: str
+    pixels: Tensor,
+    labels: Tensor,
+    captions: Sequence[Caption],
+    class_names: Sequence[str],
+    what: str,
+    css: str = "images",
 ) -> str:
     """Returns the first images of every class, or of evenly chosen classes where they are many.
 
@@ -57,6 +62,7 @@ def images_by_class(
         captions: Of each image.
         class_names: Names of the k classes.
         what: Kind of image, for the alternative text, for instance ``kept image``.
+        css: Class of the lists in the page; "images pairs" keeps two that belong together in one line.
     """
     rows = []
     for label in evenly(len(class_names), MOST_CLASSES):
@@ -68,7 +74,7 @@ def images_by_class(
             for place, i in enumerate(members)
         ]
         rows.append(
-            f'<div class="class"><h4>{esc(class_names[label])}</h4>\n<ul class="images">\n'
+            f'<div class="class"><h4>{esc(class_names[label])}</h4>\n<ul class="{css}">\n'
             + "\n".join(items)
             + "\n</ul></div>"
         )

@@ -25,6 +25,8 @@ TOLD = {
     "cross_architecture", "dd_ranking", "ranking",
 }  # fmt: skip
 
+DD_RANKING = {"hlr", "ior", "lrs", "ars"}
+
 Row = Mapping[str, Any]
 
 
@@ -211,7 +213,8 @@ def _records(caption: str, records: Sequence[Mapping[str, Any]]) -> str:
     names = [name for name in dict.fromkeys(key for one in records for key in one)
              if any(one.get(name) is not None for one in records)]  # fmt: skip
     numeric = {name for name in names if any(_is_number(one.get(name)) for one in records)}
-    header = [number(_words(name)) if name in numeric else text(_words(name)) for name in names]
+    heads = [name.upper() if name in DD_RANKING else _words(name) for name in names]
+    header = [number(head) if name in numeric else text(head) for name, head in zip(names, heads, strict=True)]
     body = [
         [number(_plain(one.get(name))) if name in numeric else text(one.get(name) or "") for name in names]
         for one in records
