@@ -91,7 +91,7 @@ def _lead(run: RunRecord) -> str:
     known = [shown for shown in run.sets if shown.manifest]
     sentences = []
     if known:
-        counts = " or ".join(f"{shown.manifest.get('num_images', 0):,}" for shown in known)
+        counts = " or ".join(dict.fromkeys(f"{shown.manifest.get('num_images', 0):,}" for shown in known))
         real = f" stand in for {run.dataset['num_images']:,} real ones" if run.dataset.get("num_images") else ""
         of = f" of {len(classes):,} classes" if classes else ""
         sentences.append(f"{counts} images{of}{real}.")
