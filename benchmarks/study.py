@@ -19,7 +19,6 @@ from __future__ import annotations
 import io
 import itertools
 import json
-import shutil
 import statistics
 import sys
 from collections.abc import Callable, Iterable
@@ -37,7 +36,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm
 
-from ddgen.checkpoint import write_bytes
+from ddgen.checkpoint import remove_dir, write_bytes
 from ddgen.commands.generators import candidate_source
 from ddgen.commands.runs import find_run, load_on_all, observer_dir, read_run_config, start_accelerator
 from ddgen.config import SampleConfig, Selection
@@ -56,6 +55,7 @@ from ddgen.observer.epochs import epoch_dir, list_epochs
 from ddgen.observer.observer import Observer
 from ddgen.observer.realism import RealismScores, real_class_scores, realism_scores
 from ddgen.seeds import derive
+from ddgen.together import claim
 
 Pool = Literal["crops", "whole", "generated", "unguided", "autoguided", "steered"]
 RULES: tuple[Selection, ...] = get_args(Selection)
@@ -83,7 +83,7 @@ class Settings:
     ipcs: tuple[int, ...] = (1, 10, 50)
     """Images per class."""
     epochs: tuple[int, ...] = ()
-    """Epochs of the students at each ipc. Default: the protocol's."""
+    """Epochs of the students, one number for each of --ipcs. Default: the protocol's."""
     repeats: int = 3
     """Pools and students of every row."""
     pool_size: int = 300
@@ -128,6 +128,10 @@ class Study:
     """
 
     def __init__(self, settings: Settings, accelerator: Accelerator, precision: str) -> None:
+        if settings.epochs and len(settings.epochs) != len(settings.ipcs):
+            raise UserError(
+                f"--epochs: {len(settings.epochs)} numbers for {len(settings.ipcs)} --ipcs; give one for each"
+            )
         self.settings, self.accelerator, self.precision = settings, accelerator, precision
         self.run_dir, _ = find_run(settings.run_dir)
         config = read_run_config(self.run_dir)
@@ -147,8 +151,9 @@ class Study:
 
     def epochs(self, ipc: int) -> int:
         """Returns how long students train."""
-        own = dict(zip(self.settings.ipcs, self.settings.epochs, strict=False))
-        return own.get(ipc, RDED.epochs(ipc, dataset=self.test.name, network=self.student))
+        if self.settings.epochs and ipc in self.settings.ipcs:
+            return self.settings.epochs[self.settings.ipcs.index(ipc)]
+        return RDED.epochs(ipc, dataset=self.test.name, network=self.student)
 
     def identity(self) -> dict[str, Any]:
         """Returns what results must share to stand in one table, as JSON."""
@@ -327,12 +332,13 @@ def run(study: Study) -> int:
     rows = [row for row in study.rows() if row not in done]
     claims = study.root / "claims"
     if accelerator.is_main_process:
-        shutil.rmtree(claims, ignore_errors=True)
+        if claims.is_dir():
+            remove_dir(claims)
         claims.mkdir()
     accelerator.wait_for_everyone()
     path = study.root / f"results-{accelerator.process_index}.jsonl"
     for number, row in enumerate(tqdm(rows, desc="students", unit="student", dynamic_ncols=True)):
-        if not _claim(claims / str(number)):
+        if not claim(claims / str(number)):
             continue
         known = {found["images"]: found for found in read_results(study.root, identity, study.epochs).values()}
         line = {"identity": identity, **asdict(row), **study.measure(row, known)}
@@ -342,15 +348,6 @@ def run(study: Study) -> int:
     if accelerator.is_main_process:
         write_report(study, read_results(study.root, identity, study.epochs))
     return 0
-
-
-def _claim(path: Path) -> bool:
-    """Returns whether this process is the first to ask for a row."""
-    try:
-        path.touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    return True
 
 
 def read_results(root: Path, identity: dict[str, Any], epochs: Callable[[int], int]) -> Done:

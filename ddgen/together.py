@@ -61,3 +61,12 @@ def together(accelerator: Accelerator, halt: Halt, work: Callable[[], None]) -> 
         raise failed or UserError(f"another process has ended too early; the same command goes on ({cause})") from None
     if found:
         raise found[0]
+
+
+def claim(path: Path) -> bool:
+    """Whether this process is the first to ask for a task, of which the file, in a folder that all see, is the sign."""
+    try:
+        path.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +73,12 @@ def _evaluate(config: EvaluateConfig, ranking: RankingPlan | None, accelerator: 
     rounds = [read_dataset(source, train_images), *(_read_round(path, train_images) for path in config.rounds)]
     recipes = [get_protocol(name) for name in config.protocols]
     own = () if run_dir is None else (observer_dir(run_dir),)
-    rankers, observers = (
-        load_teachers(
-            config.observer or own, train_images.class_names, epoch,
-            ipc=rounds[0].ipc, data=data, accelerator=accelerator, precision=precision,
-        )
-        for epoch in (None, None if config.dry_run else config.teacher_epoch)
+    load = partial(
+        load_teachers, config.observer or own, train_images.class_names, ipc=rounds[0].ipc, data=data,
+        accelerator=accelerator, precision=precision,
     )  # fmt: skip
+    rankers = load(None)
+    observers = rankers if config.dry_run or config.teacher_epoch is None else load(config.teacher_epoch)
     if config.dry_run:
         students = ", ".join(config.students or (default_student(observers),))
         say(f"dry run: {students} x {', '.join(config.protocols)} x {config.repeats} on {source}")

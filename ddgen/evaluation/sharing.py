@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from ddgen.checkpoint import remove_dir
 from ddgen.evaluation.cells import run_cell
 from ddgen.evaluation.evaluate import Plan, Request, make_plan, make_sources, results_of
 from ddgen.evaluation.planned import Planned
@@ -20,7 +20,7 @@ from ddgen.evaluation.report import Results
 from ddgen.evaluation.sources import Source, labelled
 from ddgen.evaluation.students import Diverged
 from ddgen.resume import on_main
-from ddgen.together import Halt, together
+from ddgen.together import Halt, claim, together
 
 CLAIMS_NAME = "claims"
 DRAWS, STUDENTS = "draws", "students"
@@ -62,7 +62,8 @@ class Claims:
 
     def remove(self) -> None:
         """Deletes the folder, when no process will look into it any more."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if self.folder.is_dir():
+            remove_dir(self.folder)
 
     def _clear(self) -> None:
         self.remove()
@@ -73,7 +74,7 @@ class Claims:
         try:
             for name, task in tasks.items():
                 self._look_at_halt()
-                if _is_first(folder / name):
+                if claim(folder / name):
                     task(self._look_at_halt)
                     (folder / f"{name}.done").touch()
         except _HaltedError:
@@ -112,8 +113,8 @@ def evaluate_together(request: Request, claims: Claims, then: Callable[[Results]
     claims.share(STUDENTS, {name: partial(_train, planned, plan) for name, planned in students.items()})
 
     def finish() -> None:
-        claims.remove()
         then(results_of(plan))  # finds all students there, but for those that diverged
+        claims.remove()
 
     on_main(accelerator, finish)
 
@@ -147,15 +148,6 @@ def _train(planned: Planned, plan: Plan, on_epoch: OnEpoch) -> None:
     except Diverged:
         if not planned.may_diverge:
             raise
-
-
-def _is_first(path: Path) -> bool:
-    """Whether no other process has asked for this task."""
-    try:
-        path.touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    return True
 
 
 @contextmanager
