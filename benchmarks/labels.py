@@ -32,7 +32,6 @@ from ddgen.commands.runs import data_of_run, load_on_all, observer_dir, start_ac
 from ddgen.commands.teachers import load_teachers
 from ddgen.config import DataConfig
 from ddgen.data import ImageDataset
-from ddgen.distill.card import human_bytes
 from ddgen.distill.dataset import DistilledDataset
 from ddgen.distill.view_labels import make_views
 from ddgen.distill.views import StoredViews
@@ -42,6 +41,7 @@ from ddgen.evaluation.protocols import RDED, STORED, Protocol
 from ddgen.evaluation.students import IMAGENET_LOOK, Job, train_student
 from ddgen.observer.observer import Observer
 from ddgen.seeds import derive
+from ddgen.units import readable_bytes
 
 
 @dataclass(frozen=True)
@@ -239,11 +239,11 @@ class _Done:
 def _line(point: Point, image_bytes: int) -> str:
     spread = f" ± {100 * statistics.stdev(point.scores):.1f}" if len(point.scores) > 1 else ""
     accuracy = f"{100 * statistics.fmean(point.scores):.1f}{spread}"
-    return f"| {point.name} | {human_bytes(point.num_bytes)} | {point.num_bytes / image_bytes:.2g} | {accuracy} |"
+    return f"| {point.name} | {readable_bytes(point.num_bytes)} | {point.num_bytes / image_bytes:.2g} | {accuracy} |"
 
 
 def _table(points: list[Point], image_bytes: int, title: str) -> str:
-    head = [f"{title}; images {human_bytes(image_bytes)}", "", "| labels | bytes | of the images' | accuracy |"]
+    head = [f"{title}; images {readable_bytes(image_bytes)}", "", "| labels | bytes | of the images' | accuracy |"]
     return "\n".join([*head, "|---|--:|--:|--:|", *(_line(point, image_bytes) for point in points)]) + "\n"
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from ddgen.precision import fast_bf16
+from ddgen.units import readable_memory
 
 # Dense bf16 TFLOP/s with float32 accumulation, by torch's name of the device, matched whole. Source: NVIDIA's data
 # sheets of the H100, H200 and A100 tensor core GPUs (half of what they give "with sparsity"), and the Ada architecture
@@ -77,15 +78,10 @@ def peak_memory(device: torch.device) -> str:
     """Returns the most memory that this process has used, of the host and of the GPU, as text."""
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    text = f"{readable_bytes(host)} of the host"
+    text = f"{readable_memory(host)} of the host"
     if device.type == "cuda":
-        text += f", {readable_bytes(torch.cuda.max_memory_allocated(device))} of the GPU"
+        text += f", {readable_memory(torch.cuda.max_memory_allocated(device))} of the GPU"
     return text
-
-
-def readable_bytes(count: float) -> str:
-    """Returns a size such as "310 MiB" or "1.4 GiB"."""
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
 def readable_flops(rate: float, peak: float | None = None) -> str:

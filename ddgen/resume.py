@@ -37,6 +37,7 @@ from ddgen.checkpoint import (
 )
 from ddgen.errors import Stopped, UserError
 from ddgen.stopping import Noted
+from ddgen.units import readable_bytes
 
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
 """Of the observer and the autoencoder, which train for minutes."""
@@ -329,8 +330,8 @@ def full_disk_explained(folder: Path, needed: int) -> Iterator[None]:
             raise
         free = shutil.disk_usage(folder).free
         raise UserError(
-            f"{folder}: the disk is full: {format_bytes(needed)} are needed here, {format_bytes(free)} are free; make"
-            " room, then the same command goes on from what is saved"
+            f"{folder}: the disk is full: {readable_bytes(needed)} are needed here, {readable_bytes(free)} are free;"
+            " make room, then the same command goes on from what is saved"
         ) from None
 
 
@@ -342,12 +343,6 @@ def _is_full_disk(error: BaseException | None) -> bool:
             return True
         error = error.__context__  # torch.save reports its own confusion after a failed write
     return False
-
-
-def format_bytes(count: int) -> str:
-    """Returns "12.3 MB" and the like."""
-    power = min(int(math.log(max(count, 1), 1000)), 4)
-    return f"{count / 1000**power:.{1 if power else 0}f} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:

@@ -1,4 +1,4 @@
-"""How long each stage of a piece of work takes, and how that is written."""
+"""How long each stage of a piece of work takes."""
 
 from __future__ import annotations
 
@@ -9,15 +9,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 Timed = Callable[[str], AbstractContextManager[None]]
 """Given the name of a stage, returns a context manager around it."""
-
-
-def readable(seconds: float) -> str:
-    """Writes a duration the way people read it."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def untimed(_: str) -> AbstractContextManager[None]:

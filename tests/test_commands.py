@@ -25,7 +25,6 @@ import sample
 import train_ldm
 from ddgen import cli
 from ddgen.commands import estimate
-from ddgen.commands.estimate import readable_minutes
 from ddgen.distill.dataset import DistilledDataset
 
 ROOT = Path(__file__).parents[1]
@@ -578,13 +577,6 @@ def test_model_card_shows_what_was_reached_and_its_pictures(run_dir: Path) -> No
         assert (run_dir / "generator" / name).read_bytes() == next(run_dir.rglob(name)).read_bytes()
     assert yaml.safe_load(card.split("---")[1])["library_name"] == "diffusers"
     assert "| seed | 0 |" in card and "8 steps of 8 images" in card and "## Limits" in card
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(42.4, "42 s"), (89, "89 s"), (600, "10 min"), (5399, "90 min"), (9000, "2.5 h")]
-)
-def test_times_read_well(seconds: float, text: str) -> None:
-    assert readable_minutes(seconds) == text
 
 
 def test_a_step_is_timed_with_no_more_images_than_a_few_seconds_allow(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from ddgen.evaluation.batches import TrainingImages
 from ddgen.evaluation.evaluate import Request, evaluate
 from ddgen.evaluation.figure import draw_accuracy
 from ddgen.evaluation.protocols import HARD, RDED, Protocol
-from ddgen.evaluation.report import Results, format_bytes, format_table, write_results
+from ddgen.evaluation.report import Results, format_table, write_results
 from ddgen.evaluation.rows import Row
 from ddgen.evaluation.students import Job, StudentResult, train_student
 from ddgen.observer.networks import build_network
@@ -484,10 +484,3 @@ def test_figure_is_drawn(tmp_path: Path, repeats: int) -> None:
     draw_accuracy(results(repeats=repeats), tmp_path / "accuracy.png")
     with Image.open(tmp_path / "accuracy.png") as picture:
         assert picture.format == "PNG" and picture.width > picture.height > 400
-
-
-@pytest.mark.parametrize(
-    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (999_600, "1.0 MB"), (41_300, "41.3 kB")]
-)
-def test_format_bytes(count: int, text: str) -> None:
-    assert format_bytes(count) == text

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "ddgen"
 ORDER = ["data", "autoencoder", "diffusion", "observer", "distill", "evaluation", "page"]
 SHARED = {
     "config", "seeds", "errors", "checkpoint", "precision", "grids", "hardware", "memory", "resume", "sharding",
-    "stopping", "timing", "together",
+    "stopping", "timing", "units", "together",
 }  # fmt: skip
 TOP = {"commands", "cli", "launch", "__main__"}
 FORBIDDEN = {("observer", "diffusion"), ("observer", "autoencoder")}

@@ -27,7 +27,7 @@ from ddgen.evaluation.report import Results, write_results
 from ddgen.evaluation.rows import IMAGE_SOURCES, Row
 from ddgen.page.run import HISTORY_NAME, PROVENANCE_NAME, read_run
 from ddgen.page.times import stage_seconds
-from ddgen.timing import readable
+from ddgen.units import readable_seconds
 
 RDED_REAL = IMAGE_SOURCES[-2]
 
@@ -109,7 +109,7 @@ def test_everything_the_page_tells_of_a_run_is_recorded_by_the_commands(run: Pat
     assert {"observer", "autoencoder and latents", "all of training, with the FD curve", "making ipc1"} < set(stages)
     seconds = stage_seconds(read_run(run))
     assert list(seconds) == ["observer", "autoencoder and latents", "diffusion model and its curve"]
-    assert stages["all of training, with the FD curve"][0] == readable(sum(seconds.values()))
+    assert stages["all of training, with the FD curve"][0] == readable_seconds(sum(seconds.values()))
     assert "history.jsonl" in stages["all of training, with the FD curve"][1]
     assert re.search(r"; 12 candidates, [\d.]+ a second", stages["making ipc2"][1])  # 2 x 3 of each of 2 classes
     assert re.search(r"- training, making ipc1, students of ipc1, .*: .+, \d+ cores, 1 threads, 1 processes", text)

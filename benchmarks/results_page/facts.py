@@ -9,9 +9,9 @@ from typing import Any
 
 from ddgen.checkpoint import read_json
 from ddgen.evaluation.curve import best_point, describe
-from ddgen.evaluation.report import format_bytes
 from ddgen.hardware import peak_flops
 from ddgen.page.run import EvaluatedSet, RunRecord
+from ddgen.units import readable_bytes
 from results_page.scores import teachers_of
 from results_page.small import MISSING, count, first, shorten_path, table
 from results_page.work import card_of
@@ -110,7 +110,7 @@ def sets_table(run: RunRecord) -> str:
         sampling = [str(recipe[key]) for key in ("sampler", "guidance") if key in recipe]
         sampling += [f"steered {recipe['steering']}"] if "steering" in recipe else []
         made_of, ipc = chosen.get("candidates"), shown.manifest.get("ipc")
-        stored = [format_bytes(shown.manifest[key]) for key in ("image_bytes", "soft_label_bytes")]
+        stored = [readable_bytes(shown.manifest[key]) for key in ("image_bytes", "soft_label_bytes")]
         body.append(
             (
                 shown.name, f"{shown.manifest.get('num_images', 0):,} ({ipc} a class)",

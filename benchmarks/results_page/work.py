@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ddgen.page.run import EvaluatedSet, RunRecord
-from ddgen.page.times import AUTOENCODER_STAGE, stage_seconds, training_seconds
-from ddgen.timing import readable
+from ddgen.page.run import AUTOENCODER_STAGE, EvaluatedSet, RunRecord
+from ddgen.page.times import stage_seconds, training_seconds
+from ddgen.units import readable_seconds
 from results_page.small import MISSING, count, shorten, table
 
 
@@ -17,14 +17,18 @@ def times_table(run: RunRecord) -> str:
     """Returns stage, time and where that is known from, in the order of the work."""
     stages, config = stage_seconds(run), run.config
     epochs = [line["seconds"] for line in run.observer_epochs if "seconds" in line]
-    observer = (readable(sum(epochs)), f"{len(epochs)} epochs, observer_metrics.jsonl") if epochs else (MISSING, "")
-    latents = (readable(stages[AUTOENCODER_STAGE]), "history.jsonl") if AUTOENCODER_STAGE in stages else (MISSING, "")
+    observer = (
+        (readable_seconds(sum(epochs)), f"{len(epochs)} epochs, observer_metrics.jsonl") if epochs else (MISSING, "")
+    )
+    latents = (MISSING, "")
+    if AUTOENCODER_STAGE in stages:
+        latents = (readable_seconds(stages[AUTOENCODER_STAGE]), "history.jsonl")
     steps = training_seconds(run)
-    whole = (readable(sum(stages.values())), _sessions(run)) if stages else (MISSING, "")
+    whole = (readable_seconds(sum(stages.values())), _sessions(run)) if stages else (MISSING, "")
     rows = [
         ("observer", *(("none", "given") if config.get("observer") else observer)),
         (f"{AUTOENCODER_STAGE}{', the autoencoder given' if config.get('vae') else ''}", *latents),
-        ("steps of the diffusion model", *((readable(steps), "metrics.jsonl") if steps else (MISSING, ""))),
+        ("steps of the diffusion model", *((readable_seconds(steps), "metrics.jsonl") if steps else (MISSING, ""))),
         ("all of training, with the FD curve", *whole),
     ]
     for shown in run.sets:
@@ -32,19 +36,19 @@ def times_table(run: RunRecord) -> str:
             rows.append((f"making {shown.name}", *_making(shown)))
         if shown.results.get("rows"):
             students = [row for row in shown.results["rows"] if row.get("seconds") is not None]
-            total = readable(sum(row["seconds"] for row in students)) if students else MISSING
+            total = readable_seconds(sum(row["seconds"] for row in students)) if students else MISSING
             number = count(sum(len(row["scores"]) for row in students), "student")
             rows.append((f"training students of {shown.name}", total, f"{number}, results.json{_ran(shown)}"))
         ranking = shown.results.get("ranking") or {}
         if ranking.get("seconds") is not None:
-            rows.append((f"ranking candidates by {shown.name}", readable(ranking["seconds"]), "results.json"))
+            rows.append((f"ranking candidates by {shown.name}", readable_seconds(ranking["seconds"]), "results.json"))
     return table(("stage", "time", "known from"), rows)
 
 
 def _ran(shown: EvaluatedSet) -> str:
     """Says how long the last start of the evaluation took, which keeps the students of earlier ones."""
     seconds = shown.provenance.get("seconds")
-    return "" if seconds is None else f"; evaluate.py last ran {readable(seconds)}"
+    return "" if seconds is None else f"; evaluate.py last ran {readable_seconds(seconds)}"
 
 
 def _sessions(run: RunRecord) -> str:
@@ -61,11 +65,11 @@ def _making(shown: EvaluatedSet) -> tuple[str, str]:
     seconds, number = made.get("seconds") or {}, made.get("candidates_made")
     if not seconds:
         return MISSING, ""
-    parts = ", ".join(f"{stage} {readable(spent)}" for stage, spent in seconds.items() if spent >= 0.05)
+    parts = ", ".join(f"{stage} {readable_seconds(spent)}" for stage, spent in seconds.items() if spent >= 0.05)
     rate = ""
     if number and seconds.get("sampling"):
         rate = f"; {count(number, 'candidate')}, {number / seconds['sampling']:,.1f} a second"
-    return readable(sum(seconds.values())), f"{parts}{rate}, manifest.json"
+    return readable_seconds(sum(seconds.values())), f"{parts}{rate}, manifest.json"
 
 
 def hardware_list(run: RunRecord) -> str:

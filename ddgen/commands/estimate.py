@@ -82,13 +82,6 @@ def estimate_bytes(config: TrainConfig, dataset: ImageDataset, latent_shape: Lat
     return checkpoint * (config.run.checkpoints_total_limit + 1) + latents + snapshots + generator
 
 
-def readable_minutes(seconds: float) -> str:
-    """Returns a time such as "40 s", "12 min" or "3.5 h"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
 def seconds_per_image(step: Callable[[int], None], batch_size: int, device: torch.device) -> float:
     """Times `step`, which takes a number of images, with as many of `batch_size` images as a few seconds allow."""
     small = 4  # batch normalisation needs two or more

@@ -9,15 +9,16 @@ import torch
 from accelerate import Accelerator
 
 from ddgen.checkpoint import read_json
-from ddgen.commands.estimate import estimate_bytes, estimate_seconds, readable_minutes
-from ddgen.commands.runs import versions
+from ddgen.commands.estimate import estimate_bytes, estimate_seconds
+from ddgen.commands.runs import versions_line
 from ddgen.commands.train_checks import Given, latent_shape
 from ddgen.config import TrainConfig
 from ddgen.data import ImageDataset
 from ddgen.diffusion.flops import flops_per_image
 from ddgen.diffusion.unet import build_unet
-from ddgen.hardware import device_name, number_format, readable_bytes
+from ddgen.hardware import device_name, number_format
 from ddgen.launch import num_cores
+from ddgen.units import readable_memory, readable_seconds
 
 _NAME_WIDTH = 14
 
@@ -52,7 +53,7 @@ def first_lines(
     compiled = ", compiled" if config.optimizer.compiles_on(accelerator.device.type) else ""
     done = 0 if resume_from is None else int(read_json(resume_from / "state.json")["step"])
     seconds = estimate_seconds(config, dataset, shape, output_dir, done, accelerator, precision)
-    parts = ", ".join(f"{name} {readable_minutes(value)}" for name, value in seconds.items())
+    parts = ", ".join(f"{name} {readable_seconds(value)}" for name, value in seconds.items())
     latents = f"latents {shape[0]} x {shape[1]} x {shape[1]}"
     mirrored = ", mirrored too" if config.data.may_flip else ""
     facts = {
@@ -63,12 +64,12 @@ def first_lines(
         "autoencoder": f"{_autoencoder(config)}; {latents}",
         "denoiser": f"{num_parameters / 1e6:.1f}M parameters, {flops / 1e9:.3g} GFLOP an image to train",
         "training": _training(config, len(dataset), accelerator.num_processes),
-        "time": f"about {readable_minutes(sum(seconds.values()))}: {parts}",
+        "time": f"about {readable_seconds(sum(seconds.values()))}: {parts}",
         "disk": f"about {_disk(config, dataset, shape, num_parameters, output_dir)}",
         "output": str(output_dir),
         "resume": "the same command" if resume_from is None else f"from {resume_from.name}, {done:,} steps done",
     }
-    return "\n".join([versions(), *(f"{name:<{_NAME_WIDTH}}{text}" for name, text in facts.items())])
+    return "\n".join([versions_line(), *(f"{name:<{_NAME_WIDTH}}{text}" for name, text in facts.items())])
 
 
 def _device(accelerator: Accelerator) -> str:
@@ -114,7 +115,7 @@ def _disk(
 ) -> str:
     needed = estimate_bytes(config, dataset, shape, num_parameters)
     existing = next(folder for folder in (output_dir.absolute(), *output_dir.absolute().parents) if folder.exists())
-    return f"{readable_bytes(needed)}; {readable_bytes(shutil.disk_usage(existing).free)} free"
+    return f"{readable_memory(needed)}; {readable_memory(shutil.disk_usage(existing).free)} free"
 
 
 def _plural(count: int, one: str, many: str | None = None) -> str:

@@ -12,7 +12,6 @@ from ddgen.commands.evaluate import default_student, which_dataset
 from ddgen.commands.runs import data_of_run, observer_dir, start_accelerator
 from ddgen.commands.teachers import check_teachers, load_teachers
 from ddgen.config import LabelConfig
-from ddgen.distill.card import human_bytes
 from ddgen.distill.dataset import DistilledDataset, update_views
 from ddgen.distill.relabel import describe_teachers
 from ddgen.distill.view_labels import bytes_needed, make_views
@@ -22,6 +21,7 @@ from ddgen.evaluation.batches import view_augmenter
 from ddgen.evaluation.protocols import STORED
 from ddgen.evaluation.students import IMAGENET_LOOK
 from ddgen.observer.observer import Observer
+from ddgen.units import readable_bytes
 
 
 def label(config: LabelConfig) -> int:
@@ -44,12 +44,12 @@ def label(config: LabelConfig) -> int:
             return 0
         views = made
     if config.dry_run:
-        print(f"dry run: {human_bytes(views.num_bytes)} of views -> {distilled_dir / VIEWS_PATH}")
+        print(f"dry run: {readable_bytes(views.num_bytes)} of views -> {distilled_dir / VIEWS_PATH}")
         return 0
     update_views(distilled_dir, VIEWS_PATH, None)  # killed in the next line, the dataset is whole without them
     views.save(distilled_dir)
     update_views(distilled_dir, VIEWS_PATH, _facts(views, distilled))
-    sizes = f"{human_bytes(views.num_bytes)} beside {human_bytes(distilled.image_bytes)} of images"
+    sizes = f"{readable_bytes(views.num_bytes)} beside {readable_bytes(distilled.image_bytes)} of images"
     print(f"stored views: {distilled_dir / VIEWS_PATH} ({sizes})")
     print("next:         python evaluate.py --protocols stored rded")
     return 0
@@ -84,7 +84,9 @@ def _made(
     case = {"dataset": str(distilled.provenance.get("dataset")), "network": default_student(teachers)}
     epochs = range(0, config.views or STORED.epochs(distilled.ipc, **case), config.keep_every)
     needed = bytes_needed(len(distilled), num_classes, len(epochs), config.top_k)
-    print(f"{len(epochs)} epochs of {len(distilled):,} views, {human_bytes(needed)}, by {describe_teachers(teachers)}")
+    print(
+        f"{len(epochs)} epochs of {len(distilled):,} views, {readable_bytes(needed)}, by {describe_teachers(teachers)}"
+    )
     if config.dry_run:
         return None
     return make_views(

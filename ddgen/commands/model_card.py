@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from ddgen.checkpoint import read_json
-from ddgen.commands.runs import command_line, versions
+from ddgen.commands.runs import command_line, versions_line
 from ddgen.config import TrainConfig
 from ddgen.data import ImageDataset
 from ddgen.diffusion.generator import Generator, KeptGuide
@@ -180,7 +180,7 @@ def _recipe(
         "numbers": number_format(unet.device, precision),
         "device": device_name(unet.device),
         "seed": str(config.run.seed),
-        "versions": versions(),
+        "versions": versions_line(),
     }
     return f"{_table(rows)}\n\nEvery setting is in the run's `config.yaml`. Made with\n\n```\n{command_line()}\n```"
 

@@ -136,7 +136,7 @@ def dataset_name(data: DataConfig) -> str:
     return data.dataset
 
 
-def versions() -> str:
+def versions_line() -> str:
     """Returns the versions that matter."""
     ours = f"ddgen {ddgen.__version__}, torch {torch.__version__}, diffusers {diffusers.__version__}"
     return f"{ours}, accelerate {accelerate.__version__}, Python {platform.python_version()}"

@@ -61,7 +61,7 @@ from ddgen.observer.observer import Observer
 from ddgen.observer.perceptual import PerceptualLoss
 from ddgen.observer.realism import check_observer
 from ddgen.observer.training import train_observer
-from ddgen.page.times import AUTOENCODER_STAGE
+from ddgen.page.run import AUTOENCODER_STAGE
 from ddgen.resume import Checkpoints, on_main
 from ddgen.stopping import stop_at_once
 

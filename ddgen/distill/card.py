@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from ddgen.units import readable_bytes
+
 RESULTS_BEGIN, RESULTS_END = "<!-- results: written by evaluate.py -->", "<!-- end of results -->"
 VIEWS_BEGIN, VIEWS_END = "<!-- stored views: written by ddgen label -->", "<!-- end of stored views -->"
 HUB_LICENCES = ("mit", "apache-2.0", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "openrail")
@@ -101,16 +103,6 @@ def with_views(card: str, name: str, facts: Mapping[str, Any] | None) -> str:
         f" needs no observer (`python evaluate.py --distilled_dir <this folder> --protocols stored`).\n\n{table}"
     )
     return f"{before}\n\n{VIEWS_BEGIN}\n\n{text}\n\n{VIEWS_END}\n\n{after}"
-
-
-def human_bytes(count: int) -> str:
-    """Writes a number of bytes the way people read it: 1.2 MB is 1,200,000 bytes."""
-    size = float(count)
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000 or unit == "GB":
-            return f"{count} bytes" if unit == "bytes" else f"{size:.1f} {unit}"
-        size /= 1000
-    raise AssertionError("unreachable")
 
 
 def _header(facts: CardFacts) -> str:
@@ -257,7 +249,7 @@ def _figure(value: float | None, form: str) -> str:
 
 
 def _bytes(facts: CardFacts) -> str:
-    lines = [f"| {name} | {human_bytes(count)} | {count:,} |" for name, count in facts.num_bytes.items()]
+    lines = [f"| {name} | {readable_bytes(count)} | {count:,} |" for name, count in facts.num_bytes.items()]
     return "\n".join(["## Size", "", "| stored | size | bytes |", "|---|--:|--:|", *lines])
 
 
@@ -347,7 +339,7 @@ def _per_class(facts: CardFacts) -> str:
 
 def _fact(key: str, value: Any) -> str:
     if key.startswith("bytes"):
-        return f"{human_bytes(value)} ({value:,} bytes)"
+        return f"{readable_bytes(value)} ({value:,} bytes)"
     if key == "observers":
         value = [f"{each['network']} ({each['fingerprint'][:12]})" for each in value]
     if isinstance(value, Mapping):

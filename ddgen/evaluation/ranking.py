@@ -27,7 +27,7 @@ from ddgen.evaluation.students import Diverged, Job, Learner, make_batches
 from ddgen.evaluation.teacher_epoch import student_network
 from ddgen.observer.networks import build_network
 from ddgen.seeds import numpy_generator
-from ddgen.timing import readable
+from ddgen.units import readable_seconds
 
 MIN_CANDIDATES = 4
 TIMED_SECONDS = 0.5  # for timing the steps of one network
@@ -135,7 +135,7 @@ def announce(contest: Contest, num_processes: int = 1) -> str:
     if not missing:
         return text
     processes = f" on {num_processes} processes" if num_processes > 1 else ""
-    return f"{text}, about {readable(estimate_seconds(missing, contest.setting) / num_processes)}{processes}"
+    return f"{text}, about {readable_seconds(estimate_seconds(missing, contest.setting) / num_processes)}{processes}"
 
 
 def rank(contest: Contest) -> Ranking:

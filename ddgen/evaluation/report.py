@@ -16,6 +16,7 @@ from ddgen.evaluation.protocol_files import to_plain
 from ddgen.evaluation.protocols import Protocol
 from ddgen.evaluation.rank_correlation import CONFIDENCE, Correlation, Ranking
 from ddgen.evaluation.rows import FULL_REAL, Row
+from ddgen.units import readable_bytes
 
 
 @dataclass(frozen=True)
@@ -93,16 +94,6 @@ def write_results(results: Results, path: Path) -> None:
     write_bytes(path, (text + "\n").encode())
 
 
-def format_bytes(count: int) -> str:
-    """Returns a size such as ``41.3 kB`` (decimal units)."""
-    size, unit = float(count), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if size < 999.5:
-            break
-        size, unit = size / 1000, larger
-    return f"{count} B" if unit == "B" else f"{size:.1f} {unit}"
-
-
 def format_score(row: Row) -> str:
     """Returns the score in percent, with the spread where there is one."""
     spread = "" if row.std is None else f" ± {100 * row.std:.1f}"
@@ -144,8 +135,8 @@ def _cells(row: Row, results: Results, several: bool, with_top5: bool) -> tuple[
         *((top5,) if with_top5 else ()),
         f"({100 * row.best_epoch_mean:.1f})",
         f"{row.epochs}{'*' if starred else ''}",
-        format_bytes(row.image_bytes),
-        format_bytes(row.label_bytes),
+        readable_bytes(row.image_bytes),
+        readable_bytes(row.label_bytes),
     )
 
 

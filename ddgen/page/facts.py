@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ddgen.evaluation.report import format_bytes
 from ddgen.page.html import definitions, esc, number, paragraph, table, text
 from ddgen.page.results import OURS
 from ddgen.page.run import EvaluatedSet, RunRecord
+from ddgen.units import readable_bytes
 
 
 def recipe_parts(run: RunRecord) -> list[str]:
@@ -66,7 +66,7 @@ def bytes_table(run: RunRecord) -> str:
     unique = list(dict.fromkeys(rows))
     header = [text("set"), text("stored"), number("size"), number("bytes")]
     body = [
-        [text(name), text(title), number(format_bytes(count)), number(f"{count:,}")] for name, title, count in unique
+        [text(name), text(title), number(readable_bytes(count)), number(f"{count:,}")] for name, title, count in unique
     ]
     return table("What is stored of the distilled images and their labels", header, body) if body else ""
 

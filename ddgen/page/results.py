@@ -7,10 +7,10 @@ from typing import Any
 
 from ddgen.errors import UserError
 from ddgen.evaluation.protocol_files import get_protocol
-from ddgen.evaluation.report import format_bytes
 from ddgen.page.html import Cell, esc, number, paragraph, table, text
 from ddgen.page.ranking import ranking_parts
 from ddgen.page.run import EvaluatedSet
+from ddgen.units import readable_bytes
 
 OURS = "distilled"
 MOST_COLUMNS = 4  # of scores side by side, before every protocol gets a table of its own
@@ -279,7 +279,7 @@ def _percents(values: Sequence[float] | None) -> str:
 
 
 def _bytes(count: int | None) -> str:
-    return "" if count is None else format_bytes(count)
+    return "" if count is None else readable_bytes(count)
 
 
 def _words(name: str) -> str:

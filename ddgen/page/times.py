@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
-from ddgen.page.run import HISTORY_NAME, RunRecord
-from ddgen.timing import readable
+from ddgen.page.run import AUTOENCODER_STAGE, HISTORY_NAME, RunRecord
+from ddgen.units import readable_seconds
 
 TimeRow = tuple[str, str, str]
-AUTOENCODER_STAGE = "autoencoder and latents"
 
 
 def time_rows(run: RunRecord) -> list[TimeRow]:
@@ -18,26 +17,26 @@ def time_rows(run: RunRecord) -> list[TimeRow]:
     rows: list[TimeRow] = []
     observer = [epoch["seconds"] for epoch in run.observer_epochs if _is_seconds(epoch.get("seconds"))]
     if observer:
-        rows.append(("observer", readable(sum(observer)), f"{len(observer)} epochs, observer_metrics.jsonl"))
+        rows.append(("observer", readable_seconds(sum(observer)), f"{len(observer)} epochs, observer_metrics.jsonl"))
     stages = stage_seconds(run)
     if AUTOENCODER_STAGE in stages:
-        rows.append((AUTOENCODER_STAGE, readable(stages[AUTOENCODER_STAGE]), HISTORY_NAME))
+        rows.append((AUTOENCODER_STAGE, readable_seconds(stages[AUTOENCODER_STAGE]), HISTORY_NAME))
     training = training_seconds(run)
     if training is not None:
-        rows.append(("diffusion model", readable(training), "steps and images per second, metrics.jsonl"))
+        rows.append(("diffusion model", readable_seconds(training), "steps and images per second, metrics.jsonl"))
     if stages:
-        rows.append(("training in all", readable(sum(stages.values())), f"{HISTORY_NAME}, with the FID curve"))
+        rows.append(("training in all", readable_seconds(sum(stages.values())), f"{HISTORY_NAME}, with the FID curve"))
     for shown in run.sets:
         recorded = shown.manifest.get("provenance", {}).get("seconds")
         for stage, seconds in (recorded if isinstance(recorded, Mapping) else {}).items():
             if _is_seconds(seconds):
-                rows.append((f"{shown.name}: {stage}", readable(seconds), "manifest.json"))
+                rows.append((f"{shown.name}: {stage}", readable_seconds(seconds), "manifest.json"))
         students = [row["seconds"] for row in shown.results.get("rows", ()) if _is_seconds(row.get("seconds"))]
         if students:
-            rows.append((f"{shown.name}: students", readable(sum(students)), "results.json"))
+            rows.append((f"{shown.name}: students", readable_seconds(sum(students)), "results.json"))
         ranking = (shown.results.get("ranking") or {}).get("seconds")
         if isinstance(ranking, float):
-            rows.append((f"{shown.name}: students of the ranking", readable(ranking), "results.json"))
+            rows.append((f"{shown.name}: students of the ranking", readable_seconds(ranking), "results.json"))
     return rows
 
 
