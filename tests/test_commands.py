@@ -284,7 +284,7 @@ def test_two_processes_train_and_sample_like_one(run_dir: Path, tmp_path: Path) 
     theirs = [line["loss"] for line in metrics(run_dir) if "loss" in line]
     assert ours == pytest.approx(theirs, rel=1e-3)
 
-    options = ["--ipc", "2", "--mixed_precision", "no"]
+    options = ["--ipc", "2", "--modes", "2", "--mixed_precision", "no"]
     assert "2 processes\n" in run("sample.py", "--run_dir", str(tmp_path / "two"), *options, "--output_dir", "by-two")
     assert sample.main(["--run_dir", str(tmp_path / "two"), *options, "--output_dir", str(tmp_path / "by-one")]) == 0
     two, one = DistilledDataset.load(tmp_path / "by-two"), DistilledDataset.load(tmp_path / "by-one")

@@ -94,6 +94,18 @@ def test_what_was_chosen_is_kept(tmp_path: Path, teacher: Observer) -> None:
     assert {path.name: path.read_bytes() for path in (tmp_path / "baselines").iterdir()} == kept
 
 
+def test_other_settings_choose_anew(tmp_path: Path, teacher: Observer) -> None:
+    """One output folder: another observer, other training images and other counts never take what was chosen before."""
+    other = colour_observer()
+    with torch.no_grad():
+        next(other.parameters()).add_(0.1)
+    for number, changes in enumerate(
+        ({}, {"observers": [other]}, {"train": colours(11, "train")}, {"rounds": [distilled((3, 3, 3))]}), start=1
+    ):
+        run(tmp_path, teacher, baselines=("herding",), **changes)
+        assert len(list((tmp_path / "baselines").iterdir())) == number
+
+
 # --- measures
 
 

@@ -147,7 +147,7 @@ def test_the_time_is_epochs_times_images_and_scorings(tmp_path: Path, monkeypatc
     seen: list[float] = []
     monkeypatch.setattr(ranking, "_time_batches", lambda job: (0.5, None))
     monkeypatch.setattr(ranking, "_time_steps", lambda job, batch: 3.0 if job.network == "convnet2w4" else 0.3)
-    monkeypatch.setattr(ranking, "readable", lambda seconds: seen.append(seconds) or "x")
+    monkeypatch.setattr(ranking, "readable_seconds", lambda seconds: seen.append(seconds) or "x")
     run(tmp_path, epochs=4)
     # 18 images, for 4 epochs on the set and 2 on all; scored after every epoch, on 60 test images
     small, large = (18 * (0.5 + step) * (4 + 2) + (4 + 2) * 60 * step / 3 for step in (0.3, 3.0))

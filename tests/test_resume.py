@@ -351,7 +351,7 @@ def test_a_full_disk_at_any_file_leaves_the_last_checkpoint(
 
         with monkeypatch.context() as patch:
             patch.setattr(module, name, refuse)
-            with pytest.raises(UserError, match=r"c: the disk is full: 200 bytes are needed here, .* are free"):
+            with pytest.raises(UserError, match=r"c: the disk is full: 200 B are needed here, .* are free"):
                 checkpoints.save(snapshot(2))
         assert [p.name for p in (tmp_path / "c").iterdir()] == [kept.name], (name, after)
     checkpoints.save(snapshot(2))
@@ -362,7 +362,7 @@ def test_a_disk_known_to_be_too_full_is_not_written_to(tmp_path: Path, monkeypat
     usage = shutil.disk_usage(tmp_path)._replace(free=100)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
     monkeypatch.setattr(resume, "save_file", pytest.fail)
-    with pytest.raises(UserError, match="200 bytes are needed here, 100 bytes are free"):
+    with pytest.raises(UserError, match="200 B are needed here, 100 B are free"):
         Checkpoints(tmp_path, {}).save(snapshot(1))
 
 

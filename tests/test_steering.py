@@ -345,6 +345,7 @@ def test_the_command_finds_modes_once_and_a_resumed_pool_is_equal(
     ("flags", "message"),
     [
         (["--mode_strength", "0.3"], "--mode_strength 0.3: does nothing without --modes"),
+        (["--diversity_strength", "2"], "--diversity_strength 2: does nothing without --modes"),
         (["--steer_until", "0.2"], "--steer_until 0.2: does nothing without --modes"),
         (["--modes", "0"], "--modes 0: give 1 or more"),
         (["--modes", "4", "--mode_strength", "1.5"], "--mode_strength 1.5: give 0 to 1"),
