@@ -3,15 +3,16 @@
     python benchmarks/study.py --run_dir runs/cifar10
     accelerate launch --cpu --num_processes 2 benchmarks/study.py --run_dir runs/cifar10   # the same, shared by two
 
-Every repeat has pools of its own, so the spread is of candidates and students together. Two studies:
+Every repeat has pools of its own, so the spread is of candidates and students together. Three studies:
 
 - selection: every rule on every pool at every ipc, labels online by the observer (protocol `rded`);
-- labels: every kind of label for what `realism` keeps.
+- labels: every kind of label for what --label_rule keeps;
+- guidance: every one of --guidance_scales, of generated pools, for what `random` keeps.
 
 Pools: `crops` are RDED's, the best of five crops of each of 300 real images a class; `whole` are 300 whole real images;
 `generated` are 300 candidates of the run's generator with classifier-free guidance, `unguided` without, `autoguided`
-with --guide, and `steered` with --modes. Into --output_dir go results-*.jsonl, and selection.md, labels.md and their
-pictures. The same command goes on where it was stopped.
+with --guide, and `steered` with --modes. Into --output_dir go results-*.jsonl, and a table and a picture of every study. The
+same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -59,6 +60,7 @@ from ddgen.together import claim
 
 Pool = Literal["crops", "whole", "generated", "unguided", "autoguided", "steered"]
 RULES: tuple[Selection, ...] = get_args(Selection)
+GENERATED: tuple[Pool, ...] = ("generated", "unguided", "autoguided", "steered")
 ONLINE = "online"
 SAMPLED_TOGETHER = 100
 FIGURES = ("loss", "class_named", "distance", "coverage")
@@ -74,12 +76,14 @@ class Settings:
     """Folder of an observer. Default: the run's."""
     output_dir: str | None = None
     """Where results go. Default: <run_dir>/study."""
-    studies: tuple[Literal["selection", "labels"], ...] = ("selection", "labels")
+    studies: tuple[Literal["selection", "labels", "guidance"], ...] = ("selection", "labels")
     """Which studies."""
     pools: tuple[Pool, ...] = ("crops", "whole", "generated")
     """Which pools."""
     rules: tuple[Selection, ...] = RULES
     """Which rules; of whole real images only random and realism are judged."""
+    label_rule: Selection = "realism"
+    """What keeps the images of the study of labels."""
     ipcs: tuple[int, ...] = (1, 10, 50)
     """Images per class."""
     epochs: tuple[int, ...] = ()
@@ -92,6 +96,8 @@ class Settings:
     """What guides the pool `autoguided`, as sample.py takes it."""
     modes: int = 10
     """Modes of `steered`."""
+    guidance_scales: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0, 4.0)
+    """Of the study of guidance; the others take the run's."""
     seed: int = 0
     """Seed of pools and students."""
 
@@ -106,6 +112,7 @@ class Row:
         labels: Kind of label.
         ipc: Images per class.
         repeat: Which of the pools and students.
+        guidance: Guidance scale of its pool; None is the run's.
     """
 
     pool: Pool
@@ -113,6 +120,7 @@ class Row:
     labels: str
     ipc: int
     repeat: int
+    guidance: float | None = None
 
 
 Done = dict[Row, dict[str, Any]]
@@ -173,7 +181,9 @@ class Study:
             if "selection" in settings.studies:
                 rows += [Row(pool, rule, ONLINE, ipc, repeat) for rule in rules]
             if "labels" in settings.studies and pool != "whole":
-                rows += [Row(pool, "realism", labels, ipc, repeat) for labels in self.kinds_of_labels()]
+                rows += [Row(pool, settings.label_rule, labels, ipc, repeat) for labels in self.kinds_of_labels()]
+            if "guidance" in settings.studies and pool in GENERATED:
+                rows += [Row(pool, "random", ONLINE, ipc, repeat, scale) for scale in settings.guidance_scales]
         return list(dict.fromkeys(rows))
 
     def kinds_of_labels(self) -> list[str]:
@@ -185,7 +195,7 @@ class Study:
 
     def measure(self, row: Row, known: dict[str, dict[str, Any]]) -> dict[str, Any]:
         """Selects, labels, trains and scores; where another rule kept the same, takes what its student reached."""
-        pixels, classes = self.scored(row.pool, row.repeat)
+        pixels, classes = self.scored(row.pool, row.repeat, row.guidance)
         kept, figures = [], []
         for candidates, images in zip(classes, pixels, strict=True):
             chosen = select(row.rule, candidates, row.ipc)
@@ -225,7 +235,7 @@ class Study:
             epochs=self.epochs(row.ipc), look=replace(IMAGENET_LOOK, flip=self.flip), scorings=1,
         )  # fmt: skip
 
-    def _score(self, pool: Pool, repeat: int) -> tuple[list[Tensor], list[Candidates]]:
+    def _score(self, pool: Pool, repeat: int, guidance: float | None) -> tuple[list[Tensor], list[Candidates]]:
         """Returns the images and the scored candidates of every class."""
         seed = derive(self.settings.seed, "pool", repeat)
         device, precision = self.accelerator.device, self.precision
@@ -235,7 +245,11 @@ class Study:
         ]
         if pool == "crops":
             return self._crops(real, seed)
-        pixels = _whole(self.train, self.settings.pool_size, seed) if pool == "whole" else self._sampled(pool, repeat)
+        if pool == "whole":
+            pixels = _whole(self.train, self.settings.pool_size, seed)
+        else:
+            paths = [self._path(pool, repeat, guidance, label) for label in range(self.train.num_classes)]
+            pixels = [load_file(path)["pixels"] for path in paths]
         scores: list[RealismScores] = [
             realism_scores(
                 self.observer, images, torch.full((len(images),), label), batch_size=250, device=device,
@@ -261,33 +275,33 @@ class Study:
             found.append(ranked.candidates)
         return pixels, found
 
-    def _path(self, pool: Pool, repeat: int, label: int) -> Path:
-        return self.root / "pools" / pool_name(self.settings, pool, repeat) / f"{label:05d}.safetensors"
-
-    def _sampled(self, pool: Pool, repeat: int) -> list[Tensor]:
-        return [load_file(self._path(pool, repeat, label))["pixels"] for label in range(self.train.num_classes)]
+    def _path(self, pool: Pool, repeat: int, guidance: float | None, label: int) -> Path:
+        return self.root / "pools" / pool_name(self.settings, pool, repeat, guidance) / f"{label:05d}.safetensors"
 
     def draw_pools(self) -> None:
         """Samples the generated pools that are not there yet, each process some classes."""
-        pools = [pool for pool in self.settings.pools if pool not in ("crops", "whole")]
-        for repeat, pool in itertools.product(range(self.settings.repeats), pools):
-            missing = [c for c in range(self.train.num_classes) if not self._path(pool, repeat, c).is_file()]
+        pools = {(row.pool, row.repeat, row.guidance): None for row in self.rows() if row.pool in GENERATED}
+        for pool, repeat, guidance in pools:
+            classes = range(self.train.num_classes)
+            missing = [label for label in classes if not self._path(pool, repeat, guidance, label).is_file()]
             self.accelerator.wait_for_everyone()
             if missing:
-                self._draw(pool, repeat, missing)
+                self._draw(pool, repeat, guidance, missing)
         self.accelerator.wait_for_everyone()
 
-    def _draw(self, pool: Pool, repeat: int, classes: list[int]) -> None:
+    def _draw(self, pool: Pool, repeat: int, guidance: float | None, classes: list[int]) -> None:
         settings = self.settings
-        config = SampleConfig(run_dir=str(self.run_dir), seed=derive(settings.seed, "pool", repeat), guide="none")
+        config = SampleConfig(
+            run_dir=str(self.run_dir), seed=derive(settings.seed, "pool", repeat), guide="none", guidance_scale=guidance
+        )
         if pool == "unguided":
             config = replace(config, guidance_scale=1.0)
-        if pool == "autoguided":
+        if pool == "autoguided" and guidance != 1:  # the guide does nothing at 1, and is refused there
             config = replace(config, guide=settings.guide)
         if pool == "steered":
             config = replace(config, modes=settings.modes)
         source = candidate_source(config, self.run_dir, self.accelerator, self.precision)
-        if pool == "autoguided" and (not isinstance(source, Generator) or source.guide is None):
+        if config.guide != "none" and (not isinstance(source, Generator) or source.guide is None):
             raise UserError(
                 f"--guide {settings.guide}: {self.run_dir} has no guide, or samples with guidance scale 1; name another"
                 " guide, or leave autoguided out of --pools"
@@ -298,13 +312,14 @@ class Study:
                 source.sample(torch.full_like(indices, label), indices, config.seed)
                 for indices in torch.arange(settings.pool_size).split(SAMPLED_TOGETHER)
             ]
-            write_bytes(self._path(pool, repeat, label), save({"pixels": torch.cat(parts)}))
+            write_bytes(self._path(pool, repeat, guidance, label), save({"pixels": torch.cat(parts)}))
 
 
-def pool_name(settings: Settings, pool: Pool, repeat: int) -> str:
+def pool_name(settings: Settings, pool: Pool, repeat: int, guidance: float | None = None) -> str:
     """Returns the name of a generated pool's folder, which tells all settings that its images depend on."""
     of = {"autoguided": f"-{digest(settings.guide.encode())[:8]}", "steered": f"{settings.modes}"}.get(pool, "")
-    return f"{pool}{of}-{settings.pool_size}-seed{settings.seed}-{repeat}"
+    scale = "" if guidance is None else f"-scale{guidance:g}"
+    return f"{pool}{of}{scale}-{settings.pool_size}-seed{settings.seed}-{repeat}"
 
 
 def _whole(train: ImageDataset, count: int, seed: int) -> list[Tensor]:
@@ -357,7 +372,7 @@ def read_results(root: Path, identity: dict[str, Any], epochs: Callable[[int], i
         for line in path.read_text(encoding="utf-8").splitlines():
             values = json.loads(line)
             if values.pop("identity") == json.loads(json.dumps(identity)):
-                row = Row(**{name: values.pop(name) for name in ("pool", "rule", "labels", "ipc", "repeat")})
+                row = Row(**{field.name: values.pop(field.name) for field in fields(Row) if field.name in values})
                 if values["epochs"] == epochs(row.ipc):
                     done[row] = values
     return done
@@ -365,10 +380,15 @@ def read_results(root: Path, identity: dict[str, Any], epochs: Callable[[int], i
 
 def write_report(study: Study, done: Done) -> None:
     """Writes tables and pictures of everything that was measured."""
-    online = {row: found for row, found in done.items() if row.labels == ONLINE}
+    as_the_run = {row: found for row, found in done.items() if row.guidance is None}
+    studies: dict[str, tuple[str, Done]] = {
+        "selection": ("rule", {row: found for row, found in as_the_run.items() if row.labels == ONLINE}),
+        "labels": ("labels", {r: f for r, f in as_the_run.items() if r.rule == study.settings.label_rule}),
+        "guidance": ("guidance", {row: found for row, found in done.items() if row.guidance is not None}),
+    }
     lengths = ", ".join(f"{study.epochs(ipc)} at ipc {ipc}" for ipc in study.settings.ipcs)
     title = f"{study.train.name}, {study.student}, epochs {lengths}, {study.settings.repeats} pools and students each"
-    for name, found, field in (("selection", online, "rule"), ("labels", _realism_only(done), "labels")):
+    for name, (field, found) in studies.items():
         if name in study.settings.studies and found:
             text = f"{title}; percent of the real test images\n\n{table(found, field)}"
             if field == "rule":
@@ -378,23 +398,20 @@ def write_report(study: Study, done: Done) -> None:
             print(text)
 
 
-def _realism_only(done: Done) -> Done:
-    return {row: found for row, found in done.items() if row.rule == "realism" and row.pool != "whole"}
-
-
 def columns(done: Done) -> list[tuple[int, Pool]]:
     """Returns (ipc, pool) of everything there is, in order."""
     pools = get_args(Pool)
     return sorted({(row.ipc, row.pool) for row in done}, key=lambda c: (c[0], pools.index(c[1])))
 
 
-def kinds(done: Done, field: str) -> list[str]:
+def kinds(done: Done, field: str) -> list[Any]:
     """Returns the values of a field, in the order in which they are offered."""
     values = dict.fromkeys(getattr(row, field) for row in done)
-    return sorted(values, key=RULES.index) if field == "rule" else list(values)
+    order = {"rule": RULES.index, "guidance": float}.get(field)
+    return sorted(values, key=order) if order else list(values)
 
 
-def accuracies(done: Done, field: str, value: str, ipc: int, pool: str) -> list[float]:
+def accuracies(done: Done, field: str, value: Any, ipc: int, pool: str) -> list[float]:
     """Returns the percentages of all repeats of one cell."""
     return [
         100 * found["accuracy"]
@@ -412,7 +429,7 @@ def table(done: Done, field: str) -> str:
     lines = ["| " + " | ".join(names) + " |", "| --- |" + " --: |" * len(heads)]
     for kind, row in cells.items():
         texts = [_cell(found, best[i]) for i, found in enumerate(row)]
-        lines.append("| " + " | ".join([kind, *texts]) + " |")
+        lines.append("| " + " | ".join([str(kind), *texts]) + " |")
     return "\n".join(lines) + "\n"
 
 

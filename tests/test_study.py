@@ -21,9 +21,12 @@ def test_only_students_of_the_wanted_epochs_count_whichever_process_wrote_them(t
     row, other = Row("crops", "realism", "online", 10, 0), Row("crops", "random", "online", 10, 0)
     write(tmp_path / "results-0.jsonl", row, epochs=300, accuracy=0.5)
     write(tmp_path / "results-1.jsonl", row, epochs=30, accuracy=0.3)  # of an earlier start
+    guided = replace(row, guidance=3.0)
+    write(tmp_path / "results-1.jsonl", guided, epochs=30, accuracy=0.2)
     write(tmp_path / "results-1.jsonl", other, identity=IDENTITY | {"seed": 1}, epochs=300, accuracy=0.4)
     for epochs, accuracy in ((300, 0.5), (30, 0.3)):
         found = read_results(tmp_path, IDENTITY, lambda ipc, epochs=epochs: epochs if ipc == 10 else 1)
+        assert found.pop(guided, None) == ({"epochs": 30, "accuracy": 0.2} if epochs == 30 else None)
         assert found == {row: {"epochs": epochs, "accuracy": accuracy}}
     assert read_results(tmp_path, IDENTITY, lambda ipc: 7) == {}
 
@@ -37,4 +40,5 @@ def test_a_pool_is_of_everything_that_its_images_depend_on() -> None:
     ):
         names = {pool_name(replace(settings, **change), pool, 0) for change in ({}, *changes)}  # type: ignore[arg-type]
         assert len(names | {pool_name(settings, pool, 1)}) == len(changes) + 2  # type: ignore[arg-type]
+    assert len({pool_name(settings, "generated", 0, scale) for scale in (None, 1.0, 1.5, 2.0)}) == 4
     assert pool_name(settings, "generated", 0) == pool_name(replace(settings, guide="x", modes=3), "generated", 0)
