@@ -11,8 +11,8 @@ Every repeat has pools of its own, so the spread is of candidates and students t
 
 Pools: `crops` are RDED's, the best of five crops of each of 300 real images a class; `whole` are 300 whole real images;
 `generated` are 300 candidates of the run's generator with classifier-free guidance, `unguided` without, `autoguided`
-with --guide, and `steered` with --modes. Into --output_dir go results-*.jsonl, and a table and a picture of every study.
-The same command goes on where it was stopped.
+with --guide, and `steered` with --modes. Into --output_dir go results-*.jsonl, a table and a plot of every study. The
+same command goes on where it was stopped.
 """
 
 from __future__ import annotations
