@@ -23,10 +23,11 @@ from ddgen.errors import UserError
 from ddgen.evaluation import augment, batches, cells, scoring, students
 from ddgen.evaluation.baselines import random_real
 from ddgen.evaluation.batches import TrainingImages
-from ddgen.evaluation.evaluate import Request, evaluate
+from ddgen.evaluation.evaluate import evaluate
 from ddgen.evaluation.figure import draw_accuracy
 from ddgen.evaluation.protocols import HARD, RDED, Protocol
 from ddgen.evaluation.report import Results, format_table, write_results
+from ddgen.evaluation.request import Request
 from ddgen.evaluation.rows import Row
 from ddgen.evaluation.students import Job, StudentResult, train_student
 from ddgen.observer.networks import build_network

@@ -34,9 +34,9 @@ from ddgen.distill.views import VIEWS_PATH, StoredViews, compress
 from ddgen.errors import Stopped, UserError
 from ddgen.evaluation import teacher_epoch
 from ddgen.evaluation.batches import TrainingImages, view_augmenter
-from ddgen.evaluation.evaluate import Request
 from ddgen.evaluation.evaluate import evaluate as evaluate_students
 from ddgen.evaluation.protocols import ECCV2024_TRACK1, HARD, RDED, STORED, Protocol
+from ddgen.evaluation.request import Request
 from ddgen.evaluation.students import IMAGENET_LOOK, Job, train_student
 from ddgen.evaluation.teacher_epoch import EpochScore, best_epoch, format_scores, score_epochs, student_network
 from ddgen.observer.epochs import epoch_dir, kept_epochs, list_epochs, read_confidences, read_training

@@ -21,10 +21,11 @@ from ddgen.errors import UserError
 from ddgen.evaluation import cells
 from ddgen.evaluation.baselines import by_features, random_real
 from ddgen.evaluation.batches import TrainingImages, stream
-from ddgen.evaluation.evaluate import Request, evaluate
+from ddgen.evaluation.evaluate import evaluate
 from ddgen.evaluation.measures import augmentation_robust_score, dd_ranking, label_robust_score
 from ddgen.evaluation.protocols import ECCV2024_TRACK1, FIXED_SOFT, HARD, RDED, STRONG
 from ddgen.evaluation.report import Results, format_table
+from ddgen.evaluation.request import Request
 from ddgen.evaluation.rows import Row
 from ddgen.evaluation.scoring import score
 from ddgen.evaluation.students import IMAGENET_LOOK, Job, Learner, batch_loss, train_student

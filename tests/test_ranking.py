@@ -20,11 +20,12 @@ from ddgen.data import ImageDataset
 from ddgen.distill.dataset import DistilledDataset
 from ddgen.errors import UserError
 from ddgen.evaluation import cells, ranking
-from ddgen.evaluation.evaluate import Request, evaluate
+from ddgen.evaluation.evaluate import evaluate
 from ddgen.evaluation.protocols import HARD, RDED, STORED, STRONG, Special
 from ddgen.evaluation.rank_correlation import Correlation, Statistic, kendall, spearman, with_interval
 from ddgen.evaluation.ranking import RankingPlan, compare, default_networks
 from ddgen.evaluation.report import Results, format_table
+from ddgen.evaluation.request import Request
 from ddgen.observer.networks import build_network
 from ddgen.page.ranking import ranking_parts
 

@@ -26,8 +26,9 @@ from ddgen.distill.select import select_random
 from ddgen.errors import UserError
 from ddgen.evaluation.augment import shuffle_patches
 from ddgen.evaluation.baselines import rded_real
-from ddgen.evaluation.evaluate import Request, make_sources
 from ddgen.evaluation.evaluate import evaluate as evaluate_students
+from ddgen.evaluation.evaluate import make_sources
+from ddgen.evaluation.request import Request
 from ddgen.evaluation.sources import Source, baseline_sources
 from ddgen.evaluation.students import Job, StudentResult, train_student
 from ddgen.observer.networks import Classifier

@@ -27,8 +27,9 @@ from test_scale import ROOT, finish, free_port
 import evaluate as evaluate_command
 from ddgen.errors import Stopped, UserError
 from ddgen.evaluation import cells, sharing, sources
-from ddgen.evaluation.evaluate import Request, evaluate
+from ddgen.evaluation.evaluate import evaluate
 from ddgen.evaluation.report import Results
+from ddgen.evaluation.request import Request
 from ddgen.evaluation.sharing import Claims, evaluate_together
 from ddgen.together import HALT_NAME, Halt, together
 

@@ -32,11 +32,11 @@ from ddgen.distill.dataset import DistilledDataset, read_manifest, update_result
 from ddgen.distill.foreign_dataset import ForeignDataset, check_source, read_dataset
 from ddgen.distill.views import StoredViews
 from ddgen.errors import Stopped, UserError
-from ddgen.evaluation.evaluate import Request
 from ddgen.evaluation.evaluate import evaluate as evaluate_students
 from ddgen.evaluation.protocol_files import get_protocol
 from ddgen.evaluation.ranking import RankingPlan
 from ddgen.evaluation.report import Results, format_table
+from ddgen.evaluation.request import Request
 from ddgen.evaluation.sharing import Claims, evaluate_together
 from ddgen.memory import keep_freed_memory
 from ddgen.observer.observer import Observer

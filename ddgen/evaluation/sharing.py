@@ -13,10 +13,11 @@ from tqdm import tqdm
 
 from ddgen.checkpoint import remove_dir
 from ddgen.evaluation.cells import run_cell
-from ddgen.evaluation.evaluate import Plan, Request, make_plan, make_sources, results_of
+from ddgen.evaluation.evaluate import Plan, make_plan, make_sources, results_of
 from ddgen.evaluation.planned import Planned
 from ddgen.evaluation.ranking import announce
 from ddgen.evaluation.report import Results
+from ddgen.evaluation.request import Request
 from ddgen.evaluation.sources import Source, labelled
 from ddgen.evaluation.students import Diverged
 from ddgen.resume import on_main
