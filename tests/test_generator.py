@@ -403,9 +403,11 @@ def test_a_damaged_guide_is_named(generator: Generator, tmp_path: Path) -> None:
     weights = folder / "guide" / "diffusion_pytorch_model.safetensors"
     some = load_file(weights)
     del some["conv_out.bias"]
+    foreign = build_unet(CONFIG, latent_channels=4, latent_size=4, num_classes=4)
     for damage in (
         lambda: save_file(some, weights, {"format": "pt"}),
         lambda: weights.write_bytes(b"half"),
+        lambda: foreign.save_pretrained(folder / "guide"),  # whole, but for one class more
         (folder / "guide" / "guide.json").unlink,
     ):
         damage()

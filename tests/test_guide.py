@@ -117,6 +117,17 @@ def test_a_run_past_the_step_without_a_guide_goes_on_without(train: Train, tmp_p
     assert kept_guide(recipe(guide_fraction=0.4).optimizer, tmp_path / "early", made) is None  # it is of another step
 
 
+def test_a_damaged_guide_is_named(train: Train, tmp_path: Path) -> None:
+    run, optim = tmp_path / "run", recipe().optimizer
+    made, path = train("run"), run / GUIDE_NAME
+    path.write_bytes(path.read_bytes()[:100])
+    for ask in (lambda: is_missed(optim, run, checkpoint(run, 4)), lambda: kept_guide(optim, run, made)):
+        with pytest.raises(UserError, match=r"run/guide\.safetensors: damaged \(.*\); copy it again, or delete it"):
+            ask()
+    path.unlink()
+    assert is_missed(optim, run, checkpoint(run, 4)) and kept_guide(optim, run, made) is None
+
+
 def test_a_full_disk_is_named_and_leaves_no_half_of_a_guide(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -73,7 +73,7 @@ def own_guide(folder: Path, generator: Generator) -> Guide | None:
         generator: Loaded from there.
 
     Raises:
-        UserError: It is damaged.
+        UserError: It is damaged, or another generator's.
     """
     path = folder / GUIDE_DIR
     if not path.is_dir():
@@ -82,6 +82,10 @@ def own_guide(folder: Path, generator: Generator) -> Guide | None:
         facts = read_json(path / "guide.json")
         name = f"its own weights after {facts['step']:,} of {facts['max_train_steps']:,} steps"
         unet = UNet2DModel.from_pretrained(path, use_safetensors=True, torch_dtype=torch.float32)
+        for what in ("in_channels", "sample_size", "num_class_embeds"):
+            theirs, ours = unet.config[what], generator.unet.config[what]
+            if theirs != ours:
+                raise ValueError(f"of another generator: {what} {theirs}, not {ours}")
         return _guide(unet, generator, name)  # raises where weights are missing, which diffusers only mentions
     except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(

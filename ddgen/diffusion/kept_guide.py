@@ -11,13 +11,14 @@ import safetensors.torch
 import torch
 from accelerate import Accelerator
 from diffusers import UNet2DModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from ddgen.checkpoint import read_json, write_bytes
 from ddgen.config import OptimizerConfig
 from ddgen.diffusion.generator import Generator, KeptGuide
 from ddgen.diffusion.posthoc import halved
 from ddgen.diffusion.run import TrainingRun
+from ddgen.errors import UserError
 from ddgen.resume import full_disk_explained, on_main
 
 GUIDE_NAME = "guide.safetensors"
@@ -100,8 +101,11 @@ def _beside(checkpoint: Path) -> Path:
 
 
 def _is_of(path: Path, step: int) -> bool:
-    """Whether a guide is there and was kept after `step` steps."""
+    """Whether a guide is there and was kept after `step` steps; refuses half of one, as a copied run may have."""
     if not path.is_file():
         return False
-    with safe_open(path, framework="pt") as file:
-        return bool(file.metadata() == {"step": str(step)})
+    try:
+        with safe_open(path, framework="pt") as file:
+            return bool(file.metadata() == {"step": str(step)})
+    except SafetensorError as error:
+        raise UserError(f"{path}: damaged ({error}); copy it again, or delete it and go on without a guide") from None
