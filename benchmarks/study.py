@@ -84,6 +84,8 @@ class Settings:
     """Which rules; of whole real images only random and realism are judged."""
     label_rule: Selection = "realism"
     """What keeps the images of the study of labels."""
+    labels: tuple[str, ...] = ()
+    """Kinds of label, for instance online "one soft label, epoch 3" "class number". Default: all that there are."""
     ipcs: tuple[int, ...] = (1, 10, 50)
     """Images per class."""
     epochs: tuple[int, ...] = ()
@@ -191,7 +193,11 @@ class Study:
         epochs = list_epochs(self.observer_dir)
         kinds = [ONLINE, *(f"{ONLINE}, epoch {epoch}" for epoch in epochs)]
         fixed = ["one soft label", *(f"one soft label, epoch {epoch}" for epoch in epochs)]
-        return [*kinds, *fixed, "class number"]
+        kinds += [*fixed, "class number"]
+        for kind in self.settings.labels:
+            if kind not in kinds:
+                raise UserError(f"--labels {kind!r}: this observer gives {', '.join(map(repr, kinds))}")
+        return [kind for kind in kinds if kind in (self.settings.labels or kinds)]
 
     def measure(self, row: Row, known: dict[str, dict[str, Any]]) -> dict[str, Any]:
         """Selects, labels, trains and scores; where another rule kept the same, takes what its student reached."""
