@@ -22,7 +22,7 @@ import itertools
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -33,6 +33,7 @@ import tyro
 from accelerate import Accelerator
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm
@@ -61,6 +62,10 @@ from ddgen.together import claim
 Pool = Literal["crops", "whole", "generated", "unguided", "autoguided", "steered"]
 RULES: tuple[Selection, ...] = get_args(Selection)
 GENERATED: tuple[Pool, ...] = ("generated", "unguided", "autoguided", "steered")
+COLOURS: dict[Pool, str] = {  # real images round and grey to brown, generated ones square
+    "crops": "#4d4d4d", "whole": "#a6761d", "generated": "#1b9e77", "unguided": "#66a61e", "autoguided": "#d95f02",
+    "steered": "#7570b3",
+}  # fmt: skip
 ONLINE = "online"
 SAMPLED_TOGETHER = 100
 FIGURES = ("loss", "class_named", "distance", "coverage")
@@ -393,7 +398,9 @@ def write_report(study: Study, done: Done) -> None:
         "guidance": ("guidance", {row: found for row, found in done.items() if row.guidance is not None}),
     }
     lengths = ", ".join(f"{study.epochs(ipc)} at ipc {ipc}" for ipc in study.settings.ipcs)
-    title = f"{study.train.name}, {study.student}, epochs {lengths}, {study.settings.repeats} pools and students each"
+    most = study.settings.repeats
+    each = "one pool and student each" if most == 1 else f"up to {most} pools and students each"
+    title = f"{study.train.name}, {study.student}, epochs {lengths}, {each}"
     for name, (field, found) in studies.items():
         if name in study.settings.studies and found:
             text = f"{title}; percent of the real test images\n\n{table(found, field)}"
@@ -470,25 +477,33 @@ def figures_table(done: Done, ipc: int) -> str:
 
 
 def draw(done: Done, field: str, title: str) -> bytes:
-    """Draws a panel for every ipc: accuracy of every kind in every pool, with standard deviations."""
+    """Draws a panel for every ipc: every student as a small point, means as large ones, a colour for each pool."""
     heads, names = columns(done), kinds(done, field)
-    ipcs: Iterable[int] = dict.fromkeys(ipc for ipc, _ in heads)
-    figure = Figure(figsize=(13, 1.4 + 0.32 * len(names)), dpi=120, layout="constrained")
+    ipcs = list(dict.fromkeys(ipc for ipc, _ in heads))
+    pools = [pool for pool in get_args(Pool) if any(pool == found for _, found in heads)]
+    figure = Figure(figsize=(2.4 + 3.4 * len(ipcs), 1.9 + 0.42 * len(names)), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(list(ipcs)), sharey=True, squeeze=False)[0]
+    panels = figure.subplots(1, len(ipcs), sharey=True, squeeze=False)[0]
+    lines: dict[str, Line2D] = {}
     for panel, ipc in zip(panels, ipcs, strict=True):
-        for offset, pool in enumerate(pool for at, pool in heads if at == ipc):
-            cells = [(y, accuracies(done, field, name, ipc, pool)) for y, name in enumerate(names)]
-            cells = [(y, found) for y, found in cells if found]
-            means = [statistics.fmean(found) for _, found in cells]
-            spreads = [statistics.stdev(found) if len(found) > 1 else 0.0 for _, found in cells]
-            height = [y + 0.16 * (offset - 1) for y, _ in cells]
-            panel.errorbar(means, height, xerr=spreads, fmt="o", markersize=5, capsize=2, label=pool)
+        for number, pool in enumerate(pools):
+            colour, marker = COLOURS[pool], "s" if pool in GENERATED else "o"
+            for y, name in enumerate(names):
+                found = accuracies(done, field, name, ipc, pool)
+                height = y + 0.7 * ((number + 0.5) / len(pools) - 0.5)
+                if found:
+                    panel.plot(found, [height] * len(found), ".", color=colour, alpha=0.5, markersize=4)
+                    style = {"linestyle": "", "marker": marker, "color": colour, "markersize": 6}
+                    (lines[pool],) = panel.plot([statistics.fmean(found)], [height], **style)
+        for y in range(1, len(names)):
+            panel.axhline(y - 0.5, color="#dddddd", linewidth=0.8)
         panel.set(title=f"{ipc} image{'s' if ipc > 1 else ''} per class", xlabel="accuracy, %")
-        panel.grid(alpha=0.3)
+        panel.grid(axis="x", alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_yticks(range(len(names)), names)
-    panels[0].invert_yaxis()
-    panels[-1].legend(frameon=False, fontsize=8)
+    panels[0].set(ylabel=field, ylim=(len(names) - 0.5, -0.5))
+    shown = [pool for pool in pools if pool in lines]
+    figure.legend([lines[pool] for pool in shown], shown, loc="outside lower center", ncols=len(shown), frameon=False)
     figure.suptitle(title, fontsize=9)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
