@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -25,7 +26,9 @@ import sample
 import train_ldm
 from ddgen import cli
 from ddgen.commands import estimate
+from ddgen.commands import sample as sample_command
 from ddgen.distill.dataset import DistilledDataset
+from ddgen.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -160,6 +163,20 @@ def test_sample_keeps_by_a_rule_and_makes_grids(own_run: Path, tmp_path: Path) -
     assert selection["rule"] == "diverse-realism" and selection["candidates"] == 3 * 2 * 4 * 4
     assert selection["images_per_class"] == [8, 8] and 0 <= selection["table"]["kept"]["coverage"] <= 1
     assert "](selection.png)" in (tmp_path / "grids" / "README.md").read_text()
+
+
+def test_without_the_real_images_only_rules_that_need_none_keep(
+    own_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def gone(*_: object) -> NoReturn:
+        raise UserError("--data_dir photos: no such folder")
+
+    monkeypatch.setattr(sample_command, "load_on_all", gone)
+    args = ["--run_dir", str(own_run), "--ipc", "1", "--mixed_precision", "no", "--output_dir", str(tmp_path / "one")]
+    assert sample.main(args) == 2
+    assert "--data_dir photos: no such folder); bring them back, or take --selection realism" in capsys.readouterr().err
+    assert sample.main([*args, "--selection", "realism"]) == 0
+    assert "coverage    not measured, without the real images" in capsys.readouterr().out
 
 
 def test_batch_size_does_not_change_the_images(own_run: Path, tmp_path: Path) -> None:

@@ -147,7 +147,10 @@ def _real_scores(
         dataset = load_on_all(accelerator, data, "train")
     except UserError as error:
         if selection_needs(config.selection).real:
-            raise
+            raise UserError(
+                f"--selection {config.selection}: compares candidates with the run's real images, which cannot be read"
+                f" ({error}); bring them back, or take --selection realism"
+            ) from None
         accelerator.print(f"{'coverage':<12}not measured, without the real images: {error}")
         return no_real_images
     compared = set(compared_classes(config.selection, dataset.num_classes))

@@ -110,8 +110,9 @@ class SampleConfig:
     teacher_epoch: int | Literal["auto"] | None = None
     """Label with the observer as it was after this epoch; `auto`: the kept epoch that teaches students of this ipc
     best, on held-out training images. Default: fully trained."""
-    selection: Selection = "realism"
-    """Rule that keeps candidates of a class; RDED's is realism."""
+    selection: Selection = "diverse-realism"
+    """Rule that keeps candidates of a class: of the realistic half, those that together stand for the real class.
+    RDED's is realism."""
     factor: int = 1
     """Each image is a grid of factor x factor candidates."""
     soft_label_temperature: float = 1.0
