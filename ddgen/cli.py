@@ -28,7 +28,7 @@ from ddgen.launch import start_asked_for_processes, stop_with_launcher
 COMMANDS: dict[str, tuple[type, str, str]] = {
     "train": (TrainConfig, "train:train", "train the observer, the autoencoder and the diffusion model"),
     "observer": (TrainObserverConfig, "train:train_observer_alone", "train an observer alone"),
-    "sample": (SampleConfig, "sample:sample", "generate candidates, keep the most realistic, relabel them"),
+    "sample": (SampleConfig, "sample:sample", "generate candidates, keep the best, relabel them"),
     "distill": (
         DistillConfig,
         "distill:distill",

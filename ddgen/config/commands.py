@@ -53,7 +53,7 @@ class TrainObserverConfig:
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """Generate candidates, keep the most realistic, relabel them: a distilled dataset."""
+    """Generate candidates, keep the best, relabel them: a distilled dataset."""
 
     run_dir: str | None = None
     """A finished training run; with --generator also an observer's folder. Default: the newest under runs/."""
