@@ -1,7 +1,7 @@
 """ddgen: generative dataset distillation.
 
 Train a class-conditional latent diffusion model on a labelled image dataset, sample candidates,
-keep the most realistic of them, relabel them, and score what students learn from the result.
+keep the best of them, relabel them, and score what students learn from the result.
 """
 
 __version__ = "0.1.0"
