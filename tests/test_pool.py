@@ -98,7 +98,7 @@ def score(pixels: torch.Tensor, labels: torch.Tensor, num_classes: int = len(NAM
 
 
 def candidates(folder: Path, source: CandidateSource, accelerator: Accelerator | None = None, **settings: Any) -> Any:
-    settings = {"ipc": 2, "sample_batch_size": 4} | settings
+    settings = {"ipc": 2, "sample_batch_size": 4, "selection": "realism"} | settings
     clock = Clock(now=(lambda: source.time.now) if isinstance(source, Source) else None)
     accelerator = accelerator or Accelerator(cpu=True)
     return Candidates(SampleConfig(**settings), source, score, {"observer": "dark"}, folder, accelerator, clock)
