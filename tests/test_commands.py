@@ -175,8 +175,9 @@ def test_without_the_real_images_only_rules_that_need_none_keep(
     args = ["--run_dir", str(own_run), "--ipc", "1", "--mixed_precision", "no", "--output_dir", str(tmp_path / "one")]
     assert sample.main(args) == 2
     assert "--data_dir photos: no such folder); bring them back, or take --selection realism" in capsys.readouterr().err
-    assert sample.main([*args, "--selection", "realism"]) == 0
-    assert "coverage    not measured, without the real images" in capsys.readouterr().out
+    for others in (["--selection", "realism"], ["--ipc", "0", "--budget_seconds", "0.5", "--overwrite"]):
+        assert sample.main([*args, *others]) == 0
+        assert "coverage    not measured, without the real images" in capsys.readouterr().out
 
 
 def test_batch_size_does_not_change_the_images(own_run: Path, tmp_path: Path) -> None:

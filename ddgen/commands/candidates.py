@@ -74,7 +74,7 @@ class Candidates:
             self.score,
             ipc=self.config.ipc,
             settings={**self.score_settings, "count": self.config.num_candidates},
-            rule=self.config.selection,
+            rule=self.config.rule,
             factor=self.config.factor,
             real=self.real,
             # What time was spent on is kept until every class is ranked: how much there is decides what each may keep.

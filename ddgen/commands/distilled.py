@@ -111,7 +111,7 @@ def selection_report(
     config: SampleConfig, source: CandidateSource, classes: Sequence[SelectedClass]
 ) -> SelectionReport:
     """Returns what the rule did to all classes."""
-    return SelectionReport(config.selection, source.class_names, [found.report for found in classes])
+    return SelectionReport(config.rule, source.class_names, [found.report for found in classes])
 
 
 def selection_facts(config: SampleConfig, classes: Sequence[SelectedClass]) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def selection_facts(config: SampleConfig, classes: Sequence[SelectedClass]) -> d
             [(found.all_predicted == label).double().mean().item() for label, found in enumerate(classes)]
         ),
         "class_named_kept": named_kept.double().mean().item(),
-        "rejected": rejections(classes, config.selection),
+        "rejected": rejections(classes, config.rule),
     }
 
 
@@ -141,7 +141,7 @@ def kept_line(dataset: DistilledDataset) -> str:
 
 def rejected_line(config: SampleConfig, classes: Sequence[SelectedClass]) -> str:
     """Says how many candidates were rejected and why."""
-    reasons = rejections(classes, config.selection)
+    reasons = rejections(classes, config.rule)
     text = "; ".join(f"{reason}: {count:,}" for reason, count in reasons.items())
     return f"rejected {sum(reasons.values()):,}: {text}"
 

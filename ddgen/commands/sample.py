@@ -146,14 +146,14 @@ def _real_scores(
     try:
         dataset = load_on_all(accelerator, data, "train")
     except UserError as error:
-        if selection_needs(config.selection).real:
+        if selection_needs(config.rule).real:
             raise UserError(
-                f"--selection {config.selection}: compares candidates with the run's real images, which cannot be read"
+                f"--selection {config.rule}: compares candidates with the run's real images, which cannot be read"
                 f" ({error}); bring them back, or take --selection realism"
             ) from None
         accelerator.print(f"{'coverage':<12}not measured, without the real images: {error}")
         return no_real_images
-    compared = set(compared_classes(config.selection, dataset.num_classes))
+    compared = set(compared_classes(config.rule, dataset.num_classes))
     fused_on = accelerator.device
     fused = for_inference(observer, fused_on)
 

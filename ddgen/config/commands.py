@@ -140,6 +140,11 @@ class SampleConfig:
         return self.sample_batch_size or (256 if self.compiles_on(device_type) else None)
 
     @property
+    def rule(self) -> Selection:
+        """What puts the candidates of a class in order; where all are kept, the most realistic stand first."""
+        return self.selection if self.ipc else "realism"
+
+    @property
     def num_candidates(self) -> int | None:
         """Candidates per class; None if time decides."""
         if self.budget_seconds is not None:
