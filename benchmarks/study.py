@@ -9,10 +9,10 @@ Every repeat has pools of its own, so the spread is of candidates and students t
 - labels: every kind of label for what --label_rule keeps;
 - guidance: every one of --guidance_scales, of generated pools, for what `random` keeps.
 
-Pools: `crops` are RDED's, the best of five crops of each of 300 real images a class; `whole` are 300 whole real images;
-`generated` are 300 candidates of the run's generator with classifier-free guidance, `unguided` without, `autoguided`
-with --guide, and `steered` with --modes. Into --output_dir go results-*.jsonl, a table and a plot of every study. The
-same command goes on where it was stopped.
+Pools: `crops` are RDED's, the best of five crops of each of 300 real images a class; `whole` are 300 whole real images,
+and `reconstructed` the same ones as the autoencoder gives them back; `generated` are 300 candidates of the run's
+generator with classifier-free guidance, `unguided` without, `autoguided` with --guide, and `steered` with --modes. Into
+--output_dir go results-*.jsonl, a table and a plot of every study. The same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -38,12 +38,13 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm
 
+from ddgen.autoencoder.training import reconstruct
 from ddgen.checkpoint import remove_dir, write_bytes
 from ddgen.commands.generators import candidate_source
 from ddgen.commands.runs import find_run, load_on_all, observer_dir, read_run_config, start_accelerator
 from ddgen.config import SampleConfig, Selection
 from ddgen.data import ImageDataset
-from ddgen.diffusion.generator import Generator
+from ddgen.diffusion.generator import Generator, load_generator
 from ddgen.distill.rded import plan_crops, rank_class
 from ddgen.distill.select import Candidates, select, select_random
 from ddgen.distill.selection_report import report_class
@@ -59,12 +60,13 @@ from ddgen.observer.realism import RealismScores, real_class_scores, realism_sco
 from ddgen.seeds import derive
 from ddgen.together import claim
 
-Pool = Literal["crops", "whole", "generated", "unguided", "autoguided", "steered"]
+Pool = Literal["crops", "whole", "reconstructed", "generated", "unguided", "autoguided", "steered"]
 RULES: tuple[Selection, ...] = get_args(Selection)
+WHOLE: tuple[Pool, ...] = ("whole", "reconstructed")
 GENERATED: tuple[Pool, ...] = ("generated", "unguided", "autoguided", "steered")
 COLOURS: dict[Pool, str] = {  # real images round and grey to brown, generated ones square
-    "crops": "#4d4d4d", "whole": "#a6761d", "generated": "#1b9e77", "unguided": "#66a61e", "autoguided": "#d95f02",
-    "steered": "#7570b3",
+    "crops": "#4d4d4d", "whole": "#a6761d", "reconstructed": "#e6ab02", "generated": "#1b9e77", "unguided": "#66a61e",
+    "autoguided": "#d95f02", "steered": "#7570b3",
 }  # fmt: skip
 ONLINE = "online"
 SAMPLED_TOGETHER = 100
@@ -86,7 +88,7 @@ class Settings:
     pools: tuple[Pool, ...] = ("crops", "whole", "generated")
     """Which pools."""
     rules: tuple[Selection, ...] = RULES
-    """Which rules; of whole real images only random and realism are judged."""
+    """Which rules; of `whole` and `reconstructed` only random and realism are judged."""
     label_rule: Selection = "realism"
     """What keeps the images of the study of labels."""
     labels: tuple[str, ...] = ()
@@ -184,10 +186,10 @@ class Study:
         """Returns all students to train: every first repeat before the second, what is quick before what is slow."""
         settings, rows = self.settings, []
         for repeat, ipc, pool in itertools.product(range(settings.repeats), settings.ipcs, settings.pools):
-            rules = [rule for rule in settings.rules if pool != "whole" or rule in ("random", "realism")]
+            rules = [rule for rule in settings.rules if pool not in WHOLE or rule in ("random", "realism")]
             if "selection" in settings.studies:
                 rows += [Row(pool, rule, ONLINE, ipc, repeat) for rule in rules]
-            if "labels" in settings.studies and pool != "whole":
+            if "labels" in settings.studies and pool not in WHOLE:
                 rows += [Row(pool, settings.label_rule, labels, ipc, repeat) for labels in self.kinds_of_labels()]
             if "guidance" in settings.studies and pool in GENERATED:
                 rows += [Row(pool, "random", ONLINE, ipc, repeat, scale) for scale in settings.guidance_scales]
@@ -256,8 +258,10 @@ class Study:
         ]
         if pool == "crops":
             return self._crops(real, seed)
-        if pool == "whole":
+        if pool in WHOLE:
             pixels = _whole(self.train, self.settings.pool_size, seed)
+            if pool == "reconstructed":
+                pixels = self._reconstructed(pixels)
         else:
             paths = [self._path(pool, repeat, guidance, label) for label in range(self.train.num_classes)]
             pixels = [load_file(path)["pixels"] for path in paths]
@@ -285,6 +289,10 @@ class Study:
             pixels.append(ranked.patches)
             found.append(ranked.candidates)
         return pixels, found
+
+    def _reconstructed(self, pixels: list[Tensor]) -> list[Tensor]:
+        autoencoder = load_generator(self.run_dir / "generator", self.accelerator.device, self.precision).autoencoder
+        return [reconstruct(autoencoder, images) for images in pixels]
 
     def _path(self, pool: Pool, repeat: int, guidance: float | None, label: int) -> Path:
         return self.root / "pools" / pool_name(self.settings, pool, repeat, guidance) / f"{label:05d}.safetensors"
