@@ -62,7 +62,7 @@ def test_rded_learning_rates(network: str, expected: float) -> None:
         ("cifar100", 100, "resnet18", {1: 20, 10: 100, 50: 200}),
         ("cifar100", 100, "convnet3", {1: 25, 10: 25, 50: 25}),
         ("tinyimagenet", 200, "convnet4", {1: 100, 10: 100, 50: 100}),
-        ("tinyimagenet", 10, "convnet4", {1: 10, 5: 50}),  # never above ipc x classes
+        ("tinyimagenet", 10, "convnet4", {1: 10, 5: 10, 10: 50, 50: 100}),  # published for all 200 classes
         ("digits", 2, "convnet3", {1: 2, 3: 6, 10: 20}),
     ],
 )

@@ -243,7 +243,7 @@ RDED = Protocol(
     learning_rates=_RDED_LEARNING_RATES,
     specials=(
         Special(dataset="cifar100", network="convnet3", batch_size=25, learning_rate=2e-3),
-        Special(dataset="tinyimagenet", batch_size=100),
+        Special(dataset="tinyimagenet", num_classes=(200,), batch_size=100),  # ten classes would get a step an epoch
         Special(num_classes=(100, 1000), batch_factor=2),
     ),
     weight_decay=0.01,
