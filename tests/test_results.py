@@ -26,7 +26,7 @@ from ddgen.evaluation.protocols import HARD, RDED
 from ddgen.evaluation.report import Results, write_results
 from ddgen.evaluation.rows import IMAGE_SOURCES, Row
 from ddgen.page.run import HISTORY_NAME, PROVENANCE_NAME, read_run
-from ddgen.page.times import stage_seconds
+from ddgen.page.times import stage_seconds, time_rows
 from ddgen.units import readable_seconds
 
 RDED_REAL = IMAGE_SOURCES[-2]
@@ -107,7 +107,7 @@ def test_everything_the_page_tells_of_a_run_is_recorded_by_the_commands(run: Pat
     assert str(run.parent) not in text
     stages = table(text, "stage")
     assert {"observer", "autoencoder and latents", "all of training, with the FD curve", "making ipc1"} < set(stages)
-    seconds = stage_seconds(read_run(run))
+    seconds = stage_seconds(read_run(run).history)
     assert list(seconds) == ["observer", "autoencoder and latents", "diffusion model and its curve"]
     assert stages["all of training, with the FD curve"][0] == readable_seconds(sum(seconds.values()))
     assert "history.jsonl" in stages["all of training, with the FD curve"][1]
@@ -228,6 +228,14 @@ def test_the_generators_card_tells_what_history_does_not(tmp_path: Path) -> None
     assert "given (`/path/to/Ann's vae`), not trained in this run" in text and "/home/me" not in text
     assert "given (`hub/observer`), not trained" in text
     assert table(text, "stage")["observer"] == ["none", "given"]
+    start = {"event": "start", "command": "python -m ddgen observer", "made_with": {}}
+    stages = [{"event": "stage", "stage": "observer", "seconds": seconds} for seconds in (30.0, 12.0)]
+    lines = [json.dumps(line) for line in (start, stages[0], start, stages[1], {"event": "finish"})]
+    (run / "observer" / HISTORY_NAME).write_text("\n".join(lines) + "\n")
+    text = page(tmp_path, run)
+    assert table(text, "stage")["observer"] == ["42 s", "trained alone, observer/history.jsonl"]
+    assert "```\npython -m ddgen observer\npython train_ldm.py -x\n```" in text
+    assert ("observer, trained alone", "42 s", "observer/history.jsonl") in time_rows(read_run(run))
 
 
 def test_two_runs_and_what_people_wrote(run: Path, tmp_path: Path) -> None:
@@ -311,7 +319,7 @@ def test_history_counts_all_starts_and_says_what_was_killed(tmp_path: Path) -> N
     assert events == "start stage stage start stage start stage finish"
     assert lines[2]["done"] is False and lines[1]["done"] is True
     write_json(run / "dataset.json", {"name": "x"})
-    assert stage_seconds(read_run(run))["observer"] == 11.0
+    assert stage_seconds(read_run(run).history)["observer"] == 11.0
     whole = table(page(tmp_path, run), "stage")["all of training, with the FD curve"]
     assert whole == ["11 s", "history.jsonl, in 3 starts; the last stage of 1 killed not counted"]
 

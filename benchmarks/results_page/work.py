@@ -15,19 +15,21 @@ from results_page.small import MISSING, count, shorten, table
 
 def times_table(run: RunRecord) -> str:
     """Returns stage, time and where that is known from, in the order of the work."""
-    stages, config = stage_seconds(run), run.config
+    stages, alone = stage_seconds(run.history), sum(stage_seconds(run.observer_history).values())
     epochs = [line["seconds"] for line in run.observer_epochs if "seconds" in line]
     observer = (
         (readable_seconds(sum(epochs)), f"{len(epochs)} epochs, observer_metrics.jsonl") if epochs else (MISSING, "")
     )
+    if run.config.get("observer"):
+        observer = (readable_seconds(alone), "trained alone, observer/history.jsonl") if alone else ("none", "given")
     latents = (MISSING, "")
     if AUTOENCODER_STAGE in stages:
         latents = (readable_seconds(stages[AUTOENCODER_STAGE]), "history.jsonl")
     steps = training_seconds(run)
     whole = (readable_seconds(sum(stages.values())), _sessions(run)) if stages else (MISSING, "")
     rows = [
-        ("observer", *(("none", "given") if config.get("observer") else observer)),
-        (f"{AUTOENCODER_STAGE}{', the autoencoder given' if config.get('vae') else ''}", *latents),
+        ("observer", *observer),
+        (f"{AUTOENCODER_STAGE}{', the autoencoder given' if run.config.get('vae') else ''}", *latents),
         ("steps of the diffusion model", *((readable_seconds(steps), "metrics.jsonl") if steps else (MISSING, ""))),
         ("all of training, with the FD curve", *whole),
     ]
@@ -108,7 +110,8 @@ def _machine(found: Mapping[str, Any], versions: Mapping[str, str] | str | None)
 def commands_block(run: RunRecord) -> str:
     """Returns every command that was recorded, in the order of the work, each once."""
     trained = [line["command"] for line in run.history if line.get("command")] or [card_of(run).get("command")]
-    lines = [_command(command, "train_ldm.py") for command in trained]
+    alone = [line["command"] for line in run.observer_history if line.get("command")]
+    lines = [_command(command, "train_ldm.py") for command in [*alone, *trained]]
     for shown in run.sets:
         if shown.manifest:
             lines.append(_command(shown.manifest.get("provenance", {}).get("command"), f"making {shown.name}"))

@@ -51,6 +51,7 @@ class RunRecord:
         dataset: Facts about the real images.
         observer: config.json of the observer.
         observer_epochs: Lines of observer_metrics.jsonl.
+        observer_history: As `history`, of an observer that was trained alone and given to the run.
         metrics: Lines of metrics.jsonl.
         reconstruction: What the autoencoder loses.
         history: Lines of history.jsonl: what training was started with, and how long its stages took.
@@ -62,6 +63,7 @@ class RunRecord:
     dataset: Mapping[str, Any]
     observer: Mapping[str, Any]
     observer_epochs: tuple[Mapping[str, Any], ...]
+    observer_history: tuple[Mapping[str, Any], ...]
     metrics: tuple[Mapping[str, Any], ...]
     reconstruction: Mapping[str, Any]
     history: tuple[Mapping[str, Any], ...]
@@ -94,6 +96,7 @@ def read_run(path: Path | None, evaluation_dir: Path | None = None) -> RunRecord
         dataset=_json(root / "dataset.json"),
         observer=_json(root / "observer" / "config.json") or _json(root / "config.json"),  # one trained alone
         observer_epochs=_lines(root / "observer_metrics.jsonl"),
+        observer_history=_lines(root / "observer" / HISTORY_NAME),
         metrics=_lines(root / "metrics.jsonl"),
         reconstruction=_json(root / "reconstruction.json"),
         history=_lines(root / HISTORY_NAME),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -18,7 +18,10 @@ def time_rows(run: RunRecord) -> list[TimeRow]:
     observer = [epoch["seconds"] for epoch in run.observer_epochs if _is_seconds(epoch.get("seconds"))]
     if observer:
         rows.append(("observer", readable_seconds(sum(observer)), f"{len(observer)} epochs, observer_metrics.jsonl"))
-    stages = stage_seconds(run)
+    alone = sum(stage_seconds(run.observer_history).values())
+    if alone:
+        rows.append(("observer, trained alone", readable_seconds(alone), f"observer/{HISTORY_NAME}"))
+    stages = stage_seconds(run.history)
     if AUTOENCODER_STAGE in stages:
         rows.append((AUTOENCODER_STAGE, readable_seconds(stages[AUTOENCODER_STAGE]), HISTORY_NAME))
     training = training_seconds(run)
@@ -40,13 +43,13 @@ def time_rows(run: RunRecord) -> list[TimeRow]:
     return rows
 
 
-def stage_seconds(run: RunRecord) -> dict[str, float]:
+def stage_seconds(history: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """Returns the seconds of every stage of training, over all times that it was started or gone on with.
 
     What a killed process spent in the stage that it was killed in is not known, and not counted.
     """
     found: dict[str, float] = {}
-    for line in run.history:
+    for line in history:
         if line.get("event") == "stage":
             found[line["stage"]] = found.get(line["stage"], 0.0) + line["seconds"]
     return found
