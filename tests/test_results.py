@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from accelerate import Accelerator
 from PIL import Image
+from results_page.scores import collect
 
 import evaluate
 import sample
@@ -351,3 +352,17 @@ def test_commands_are_written_as_they_were_typed(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     assert command_line() == "accelerate launch --num_processes 4 --cpu train_ldm.py --seed 1"
+
+
+def test_columns_of_other_epochs_stand_in_order_of_images_and_share_a_picture(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    rows = [row("distilled", 0.5), row("distilled", 0.4, protocol="hard", teacher=None)]
+    evaluation(run, "ipc1", 1, rows, epochs_override=300)
+    evaluation(run, "ipc10", 10, rows, epochs_override=100)
+    (scores,) = collect(read_run(run))
+    found = [[(column[0].protocol, column[1], column[0].epochs) for column in panel] for panel in scores.panels]
+    assert found == [[("rded", 1, 300), ("rded", 10, 100)], [("hard", 1, 300), ("hard", 10, 100)]]
+    evaluation(run, "ipc10-longer", 10, rows[:1], epochs_override=200)  # two lengths at one ipc: a picture each
+    (scores,) = collect(read_run(run))
+    found = [[(column[1], column[0].epochs) for column in panel] for panel in scores.panels]
+    assert found == [[(1, 300)], [(10, 100)], [(10, 200)], [(1, 300), (10, 100)]]

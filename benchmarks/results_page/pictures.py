@@ -19,7 +19,7 @@ from ddgen.evaluation.curve import best_point, draw_fid_curve
 from ddgen.evaluation.figure import COLOURS, FAINT, INK
 from ddgen.evaluation.rows import IMAGE_SOURCES
 from ddgen.page.run import RunRecord
-from results_page.scores import OURS, Recipe, Scores, teachers_of
+from results_page.scores import OURS, Column, Recipe, Scores, teachers_of
 from results_page.small import count
 
 LARGE_PREVIEW, SMALL_WIDTH = 500_000, 640  # bytes above which a preview is made smaller; its pixels then
@@ -39,14 +39,13 @@ class Pictures:
     name: str
 
     def accuracy(self, run: RunRecord, scores: Scores) -> str:
-        """Draws accuracy against images per class, a panel a recipe."""
-        recipes = scores.recipes
-        figure = Figure(figsize=(4.8 * len(recipes), 4.4), dpi=110, layout="constrained")
+        """Draws accuracy against images per class, a panel a protocol and teacher."""
+        figure = Figure(figsize=(4.8 * len(scores.panels), 4.4), dpi=110, layout="constrained")
         FigureCanvasAgg(figure)
-        panels = figure.subplots(1, len(recipes), squeeze=False)[0]
+        panels = figure.subplots(1, len(scores.panels), squeeze=False)[0]
         handles: dict[str, Any] = {}
-        for axes, recipe in zip(panels, recipes, strict=True):
-            handles |= _draw_recipe(axes, scores, recipe, teachers_of(run))
+        for axes, columns in zip(panels, scores.panels, strict=True):
+            handles |= _draw_panel(axes, scores, columns, teachers_of(run))
         place = "outside lower center"
         figure.legend(handles.values(), handles.keys(), loc=place, ncols=4, frameon=False, fontsize=8.5)
         buffer = io.BytesIO()
@@ -94,16 +93,16 @@ def _smaller(png: bytes) -> bytes:
     return buffer.getvalue()
 
 
-def _draw_recipe(axes: Axes, scores: Scores, recipe: Recipe, teachers: Mapping[str, float]) -> dict[str, Any]:
+def _draw_panel(axes: Axes, scores: Scores, columns: list[Column], teachers: Mapping[str, float]) -> dict[str, Any]:
     """Draws one panel and returns what its legend names: scores with their spread, published ones apart."""
-    counts = [ipc for found, ipc in scores.columns if found == recipe]
-    step = 1.025 if len(set(counts)) > 1 else 1.08
+    counts = [ipc for _, ipc in columns]
+    step = 1.025 if len(counts) > 1 else 1.08
     handles: dict[str, Any] = {}
-    titles = [title for title, row in scores.cells.items() if any(column[0] == recipe for column in row)]
+    titles = [title for title, row in scores.cells.items() if any(column in columns for column in row)]
     for place, title in enumerate(titles):
         row = scores.cells[title]
         shift = step ** (place - (len(titles) - 1) / 2)  # side by side, so that no error bar hides another
-        points = [(ipc * shift, row[recipe, ipc]) for ipc in counts if (recipe, ipc) in row]
+        points = [(column[1] * shift, row[column]) for column in columns if column in row]
         heights = [100 * found["mean"] for _, found in points]
         spread = [100 * (found.get("std") or 0.0) for _, found in points]
         source = next((source for source in IMAGE_SOURCES if title.startswith(source)), "")
@@ -113,23 +112,29 @@ def _draw_recipe(axes: Axes, scores: Scores, recipe: Recipe, teachers: Mapping[s
             capsize=3, linewidth=2.2 if source == OURS else 1.4, linestyle=style, zorder=3 if source == OURS else 2,
         )  # fmt: skip
     for title, known in scores.published.items():
-        at = [(ipc, known[recipe, ipc]) for ipc in counts if (recipe, ipc) in known]
+        at = [(column[1], known[column]) for column in columns if column in known]
         if at:
             handles[title] = axes.plot(*zip(*at, strict=True), "D", color=INK, markerfacecolor="none", markersize=6)[0]
+    recipe = columns[0][0]
     if recipe.teacher is not None and recipe.teacher in teachers:
         level = 100 * teachers[recipe.teacher]
         handles["teacher"] = axes.axhline(level, color=INK, linewidth=0.9, linestyle=":")
     axes.set_xscale("log")
-    axes.set_xticks(counts, [str(ipc) for ipc in counts])
+    lengths = {column[0].epochs for column in columns}
+    axes.set_xticks(counts, [str(ipc) if len(lengths) == 1 else f"{ipc}\n{_length(made)}" for made, ipc in columns])
     axes.set_xticks([], minor=True)
     axes.set_xlim(min(counts) / 1.5, max(counts) * 1.5)
     axes.margins(y=0.08)
     axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))
     axes.set_xlabel("images per class")
     axes.set_ylabel("top-1 accuracy on real test images (%)")
-    epochs = f", {count(recipe.epochs, 'epoch')}" if recipe.epochs is not None else ""
+    epochs = f", {_length(recipe)}" if len(lengths) == 1 and recipe.epochs is not None else ""
     by = f", labels by {recipe.teacher}" if recipe.teacher else ""
     axes.set_title(f"{recipe.protocol}: {scores.student}{by}{epochs}", loc="left", fontsize=10)
     axes.grid(color=FAINT, linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     return handles
+
+
+def _length(recipe: Recipe) -> str:
+    return "the protocol's epochs" if recipe.epochs is None else count(recipe.epochs, "epoch")

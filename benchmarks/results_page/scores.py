@@ -72,10 +72,10 @@ class Recipe:
 
     @property
     def order(self) -> tuple[object, ...]:
-        """Sorts recipes: as the protocols are listed in the product."""
+        """Sorts recipes, whatever their epochs: as the protocols are listed in the product."""
         names = list(PROTOCOLS)
         place = names.index(self.protocol) if self.protocol in names else len(names)
-        return place, self.protocol, self.teacher or "", self.epochs or 0
+        return place, self.protocol, self.teacher or ""
 
 
 Column = tuple[Recipe, int]
@@ -100,12 +100,22 @@ class Scores:
     def columns(self) -> list[Column]:
         """In the order of the page."""
         found = {column for row in self.cells.values() for column in row}
-        return sorted(found, key=lambda column: (column[0].order, column[1]))
+        return sorted(found, key=lambda column: (column[0].order, column[1], column[0].epochs or 0))
 
     @property
     def recipes(self) -> list[Recipe]:
         """In the order of the page."""
         return list(dict.fromkeys(recipe for recipe, _ in self.columns))
+
+    @property
+    def panels(self) -> list[list[Column]]:
+        """Columns that one picture can hold: of one protocol and teacher, and every ipc once."""
+        found: list[list[Column]] = []
+        for recipe in self.recipes:
+            alike = [column for column in self.columns if column[0].order == recipe.order]
+            once = len({ipc for _, ipc in alike}) == len(alike)
+            found.append(alike if once else [column for column in alike if column[0] == recipe])
+        return [panel for place, panel in enumerate(found) if panel not in found[:place]]
 
     @property
     def repeats(self) -> int:
