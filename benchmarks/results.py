@@ -124,7 +124,7 @@ def _section(name: str, run: RunRecord, pictures: Pictures) -> list[str]:
         parts += [f"### Accuracy of {scores.student}", *accuracy_parts(run, scores), pictures.accuracy(run, scores)]
     parts += ranking_parts(run)
     parts += ["### Distilled sets", sets_table(run), pictures.preview(run)]
-    parts += ["### FD curve", curve_text(run), pictures.curve(run)]
+    parts += ["### FD curve", curve_text(run), pictures.curve(run), pictures.samples(run)]
     parts += ["### Time and hardware", times_table(run), hardware_list(run)]
     return [*parts, "### Commands", commands_block(run)]
 

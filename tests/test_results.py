@@ -39,7 +39,7 @@ TRAIN = [
     *["--observer_network", "convnet2", "--observer_epochs", "2", "--observer_batch_size", "32"],
     *["--observer_learning_rate", "0.05", "--train_batch_size", "8", "--max_train_steps", "8"],
     *["--lr_warmup_steps", "2", "--log_every", "1", "--checkpointing_steps", "8", "--num_inference_steps", "2"],
-    *["--fid_every", "8", "--fid_num_images", "12", "--fid_num_inference_steps", "2"],
+    *["--fid_every", "4", "--fid_num_images", "12", "--fid_num_inference_steps", "2"],
 ]
 COMMANDS = [
     (train_ldm, ["train_ldm.py", *TRAIN, "--output_dir", "{run}"]),
@@ -135,7 +135,7 @@ def test_the_same_runs_give_the_same_bytes(run: Path, tmp_path: Path) -> None:
     for folder in folders:
         page(folder, run)
     files = [sorted(path.relative_to(folder) for path in folder.rglob("*.*")) for folder in folders]
-    kinds = ("accuracy-convnet2", "fd", "preview")
+    kinds = ("accuracy-convnet2", "fd", "preview", "samples")
     assert files[0] == files[1] == [Path("RESULTS.md"), *(Path(f"docs/results-tiny-digits-{k}.png") for k in kinds)]
     for name in files[0]:
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
@@ -366,3 +366,18 @@ def test_columns_of_other_epochs_stand_in_order_of_images_and_share_a_picture(tm
     (scores,) = collect(read_run(run))
     found = [[(column[1], column[0].epochs) for column in panel] for panel in scores.panels]
     assert found == [[(1, 300)], [(10, 100)], [(10, 200)], [(1, 300), (10, 100)]]
+
+
+def test_one_point_is_no_curve_and_the_last_samples_are_shown(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "samples").mkdir(parents=True)
+    write_json(run / "dataset.json", {"name": "x"})
+    lines = [f'{{"step": {step}, "fd_x_10/ema_0.1": {value}}}\n' for step, value in ((4, 3.5), (8, 2.5))]
+    for number, colour in ((4, "red"), (8, "blue")):
+        Image.new("RGB", (40, 20), colour).save(run / "samples" / f"step-{number:08d}.png")
+        (run / "metrics.jsonl").write_text("".join(lines[: number // 4]))
+        text = page(tmp_path, run)
+        assert ("![FD curve](docs/results-run-fd.png)" in text) == (number == 8)
+        assert f"Lowest `fd_x_10`: {3.5 if number == 4 else 2.5} at step {number}" in text
+        with Image.open(tmp_path / "docs" / "results-run-samples.png") as shown:
+            assert shown.size == (40, 20) and shown.getpixel((5, 5)) == ((255, 0, 0) if number == 4 else (0, 0, 255))

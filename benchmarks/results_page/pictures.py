@@ -15,14 +15,15 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ddgen.checkpoint import write_bytes
-from ddgen.evaluation.curve import best_point, draw_fid_curve
+from ddgen.evaluation.curve import draw_fid_curve, read_curves
 from ddgen.evaluation.figure import COLOURS, FAINT, INK
 from ddgen.evaluation.rows import IMAGE_SOURCES
 from ddgen.page.run import RunRecord
 from results_page.scores import OURS, Column, Recipe, Scores, teachers_of
 from results_page.small import count
 
-LARGE_PREVIEW, SMALL_WIDTH = 500_000, 640  # bytes above which a preview is made smaller; its pixels then
+LARGE_PREVIEW, LARGE_SAMPLES = 500_000, 250_000  # bytes above which a picture is made smaller
+SMALL_WIDTH = 640  # its pixels then
 CAPTION = "Bars: one standard deviation. Points side by side have equally many images; the axes do not start at 0."
 
 
@@ -55,11 +56,22 @@ class Pictures:
         return f"{shown}\n\n{CAPTION}"
 
     def curve(self, run: RunRecord) -> str:
-        """Draws the FD curve, where there is one."""
+        """Draws the FD curve, where it has more than one point."""
         metrics = (run.path or Path()) / "metrics.jsonl"
-        if not metrics.is_file() or best_point(metrics) is None:
+        found = read_curves(metrics).values() if metrics.is_file() else ()
+        if max((len(points) for series in found for points in series.values()), default=0) < 2:
             return ""
         return self._write("fd", "FD curve", lambda path: draw_fid_curve(metrics, path))
+
+    def samples(self, run: RunRecord) -> str:
+        """Takes over the last grid of samples, of which none was chosen."""
+        grids = sorted(((run.path or Path()) / "samples").glob("step-*.png"))
+        if not grids:
+            return ""
+        alt = "Samples of the generator after training, a class a row, no choice made"
+        data = grids[-1].read_bytes()
+        data = _smaller(data) if len(data) > LARGE_SAMPLES else data
+        return f"{self._write('samples', alt, lambda path: write_bytes(path, data))}\n\n{alt}."
 
     def preview(self, run: RunRecord) -> str:
         """Takes over the preview of one set, smaller: of the most images per class up to ten."""
@@ -82,11 +94,11 @@ class Pictures:
 
 
 def _smaller(png: bytes) -> bytes:
-    """Shrinks a picture to `SMALL_WIDTH` and 256 colours, scattered, so that they do not make patches."""
+    """Shrinks a picture to at most `SMALL_WIDTH` and 256 colours, scattered, so that they do not make patches."""
     with Image.open(io.BytesIO(png)) as image:
         picture = image.convert("RGB")
-    height = round(picture.height * SMALL_WIDTH / picture.width)
-    picture = picture.resize((SMALL_WIDTH, height), Image.Resampling.LANCZOS)
+    width = min(SMALL_WIDTH, picture.width)
+    picture = picture.resize((width, round(picture.height * width / picture.width)), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     few = picture.quantize(palette=picture.quantize(256), dither=Image.Dither.FLOYDSTEINBERG)
     few.save(buffer, format="PNG", optimize=True)

@@ -185,7 +185,8 @@ class MonitorConfig:
     inception_weights: str | None = None
     """The 2015-12-05 Inception weights as a local file. Default: the file in torch hub's cache, if it is there."""
     sample_every: int | None = None
-    """Steps between sample grids. Default: --fid_every."""
+    """Steps between sample grids; 0 for none. Default: with every point of the FID curve, and ten times, or as often as
+    2 % of training allow."""
     log_every: int = 50
     """Steps between lines of metrics.jsonl."""
     report_to: Literal["none", "tensorboard", "trackio", "wandb"] = "none"

@@ -6,6 +6,9 @@ import torch
 from diffusers import UNet2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
+TRAINING_FORWARDS = 3
+"""A step's forward and backward, in forwards."""
+
 
 def flops_per_image(unet: UNet2DModel) -> float:
     """Counts the floating-point operations of one image's forward and backward; multiplying and adding count as two.

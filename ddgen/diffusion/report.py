@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddgen.config import Sampler, TrainConfig
-from ddgen.diffusion.flops import flops_per_image
+from ddgen.diffusion.flops import TRAINING_FORWARDS, flops_per_image
 from ddgen.diffusion.generator import Generator
 from ddgen.diffusion.objective import learning_rate, micro_batch
 from ddgen.diffusion.posthoc import Snapshots, take_weights
@@ -30,8 +30,33 @@ from ddgen.seeds import batch_indices
 
 Monitor = Callable[[Tensor, Tensor], dict[str, float]]
 GRID_COLUMNS, GRID_ROWS = 8, 10
+MAX_GRIDS, GRID_SHARE = 10, 0.02
 MONITOR_SAMPLER: Sampler = "dpmsolver++"
 """Samples the FID curve and the grids, in few steps: docs/recipe.md compares it with DDIM."""
+
+
+def grid_steps(config: TrainConfig, num_classes: int) -> frozenset[int]:
+    """Returns the steps of the sample grids that are there to look at while there is no point of the FID curve.
+
+    Ten at most, evenly spread, as many as cost `GRID_SHARE` of training, counted as forward passes.
+
+    Args:
+        config: Settings.
+        num_classes: Of the data.
+    """
+    optim = config.optimizer
+    grid = _rows(num_classes) * GRID_COLUMNS * config.monitor.fid_num_inference_steps
+    training = TRAINING_FORWARDS * optim.train_batch_size * optim.max_train_steps
+    count = min(MAX_GRIDS, int(GRID_SHARE * training / grid), optim.max_train_steps)
+    return frozenset(round(optim.max_train_steps * (i + 1) / count) for i in range(count))
+
+
+def _rows(num_classes: int) -> int:
+    return min(num_classes, GRID_ROWS)
+
+
+def _is_due(every: int, step: int, last: bool) -> bool:
+    return bool(every) and (step % every == 0 or last)
 
 
 class Report:
@@ -66,6 +91,7 @@ class Report:
         self.metrics_path = run.output_dir / "metrics.jsonl"
         self.sampled = sampled
         self.num_images = num_images
+        self.grid_steps = grid_steps(config, len(sampled.class_names))
         self.watch = LossWatch(accelerator, self._not_finite)
         self.norm = torch.zeros(())
         self.flops = flops_per_image(sampled.unet)
@@ -93,9 +119,11 @@ class Report:
         last = step == self.config.optimizer.max_train_steps
         if step % monitor.log_every == 0 or last:
             self._log_loss()
-        every = monitor.sample_every if monitor.sample_every is not None else self.fid_every
-        sample = bool(every) and (step % every == 0 or last)
-        measure = bool(self.fid_every) and (step % self.fid_every == 0 or last)
+        measure = _is_due(self.fid_every, step, last)
+        if monitor.sample_every is None:
+            sample = measure or step in self.grid_steps
+        else:
+            sample = _is_due(monitor.sample_every, step, last)
         if sample or measure:
             self.settle(step)
         if sample:
@@ -178,7 +206,7 @@ class Report:
 
     def _save_grid(self) -> None:
         num_classes = len(self.sampled.class_names)
-        classes = torch.linspace(0, num_classes - 1, min(num_classes, GRID_ROWS)).round().long()
+        classes = torch.linspace(0, num_classes - 1, _rows(num_classes)).round().long()
         generator = self.generator(self.config.optimizer.ema_stds[0])
         if not self.accelerator.is_main_process:
             return

@@ -15,12 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ddgen.autoencoder.autoencoder import Autoencoder
 from ddgen.config import TrainConfig
+from ddgen.diffusion.flops import TRAINING_FORWARDS
 from ddgen.diffusion.unet import build_unet
 from ddgen.evaluation.monitor import DistanceMonitor
 
 SHARE = 0.07  # of training, by count; what is not counted (eigenvalues, neighbours, drawing) must fit below a tenth
 MAX_POINTS = 50
-TRAINING_FORWARDS = 3  # a step's forward and backward, in forwards
 
 
 @dataclass(frozen=True)
