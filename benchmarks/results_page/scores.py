@@ -234,7 +234,7 @@ def _difference(ours: Mapping[str, Any] | None, theirs: Mapping[str, Any] | None
         return ""
     points = 100 * (ours["mean"] - theirs["mean"])
     if ours.get("std") is None or theirs.get("std") is None:
-        return f"{points:+.1f} spread unknown"
+        return f"{points:+.1f}"
     if abs(points) <= 100 * (ours["std"] + theirs["std"]):
         return f"{points:+.1f} within the spread"
     return f"{points:+.1f} {'above' if points > 0 else 'below'}"
@@ -253,6 +253,8 @@ def _notes(run: RunRecord, scores: Scores) -> list[str]:
             "Above or below: by more than both standard deviations together. They are of training students, and of"
             " drawing random real and rded real images anew; the distilled images are one set, from one generator."
         )
+    if any(row.get("std") is None for row in rows):
+        notes.append("A difference without a word is one whose spread is not known: of one student.")
     for protocol in dict.fromkeys(recipe.protocol for recipe in scores.recipes):
         full = [row["epochs"] for row in rows if row["protocol"] == protocol and row["images"] == FULL_REAL]
         own = [row["epochs"] for row in rows if row["protocol"] == protocol and row["images"] != FULL_REAL]
