@@ -236,7 +236,22 @@ def test_the_generators_card_tells_what_history_does_not(tmp_path: Path) -> None
     text = page(tmp_path, run)
     assert table(text, "stage")["observer"] == ["42 s", "trained alone, observer/history.jsonl"]
     assert "```\npython -m ddgen observer\npython train_ldm.py -x\n```" in text
-    assert ("observer, trained alone", "42 s", "observer/history.jsonl") in time_rows(read_run(run))
+    assert ("observer", "42 s", "trained alone, observer/history.jsonl") in time_rows(read_run(run))
+
+
+def test_the_observers_time_is_its_stage_of_the_run_with_what_was_measured_after_each_epoch(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "observer_metrics.jsonl").write_text('{"epoch": 1, "seconds": 20.0}\n')
+    (run / "config.yaml").write_text("seed: 0\n")
+    assert table(page(tmp_path, run), "stage")["observer"] == ["20 s", "1 epoch, observer_metrics.jsonl"]
+    start = {"event": "start", "command": "train_ldm.py", "made_with": {}}
+    lines = [start, {"event": "stage", "stage": "observer", "seconds": 25.0}, {"event": "finish"}]
+    (run / HISTORY_NAME).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert table(page(tmp_path, run), "stage")["observer"] == ["25 s", "history.jsonl"]
+    (run / "config.yaml").write_text("seed: 0\nobserver: other/observer\n")  # then the stage is reading it
+    (run / "observer_metrics.jsonl").unlink()
+    assert table(page(tmp_path, run), "stage")["observer"] == ["none", "given"]
 
 
 def test_two_runs_and_what_people_wrote(run: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,9 +23,10 @@ from ddgen.page.run import RunRecord
 from results_page.scores import OURS, Column, Recipe, Scores, teachers_of
 from results_page.small import count
 
-LARGE_PREVIEW, LARGE_SAMPLES = 500_000, 250_000  # bytes above which a picture is made smaller
+LARGE = 250_000  # bytes above which a picture is made smaller
 SMALL_WIDTH = 640  # its pixels then
-CAPTION = "Bars: one standard deviation. Points side by side have equally many images; the axes do not start at 0."
+CAPTION = "Points side by side have equally many images; the axes do not start at 0."
+CAPTION_OF_BARS = "Bars: one standard deviation; none where one student was trained. "
 
 
 @dataclass(frozen=True)
@@ -47,13 +49,14 @@ class Pictures:
         handles: dict[str, Any] = {}
         for axes, columns in zip(panels, scores.panels, strict=True):
             handles |= _draw_panel(axes, scores, columns, teachers_of(run))
-        place = "outside lower center"
-        figure.legend(handles.values(), handles.keys(), loc=place, ncols=4, frameon=False, fontsize=8.5)
+        place, width = "outside lower center", min(4, 2 * len(scores.panels))
+        figure.legend(handles.values(), handles.keys(), loc=place, ncols=width, frameon=False, fontsize=8.5)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png")
         alt = f"Accuracy of {scores.student} against images per class"
         shown = self._write(f"accuracy-{scores.student}", alt, lambda path: write_bytes(path, buffer.getvalue()))
-        return f"{shown}\n\n{CAPTION}"
+        known = any(found.get("std") is not None for row in scores.cells.values() for found in row.values())
+        return f"{shown}\n\n{CAPTION_OF_BARS if known else ''}{CAPTION}"
 
     def curve(self, run: RunRecord) -> str:
         """Draws the FD curve, where it has more than one point."""
@@ -64,13 +67,13 @@ class Pictures:
         return self._write("fd", "FD curve", lambda path: draw_fid_curve(metrics, path))
 
     def samples(self, run: RunRecord) -> str:
-        """Takes over the last grid of samples, of which none was chosen."""
+        """Takes over the last grid of samples that training drew, of which none was chosen."""
         grids = sorted(((run.path or Path()) / "samples").glob("step-*.png"))
         if not grids:
             return ""
-        alt = "Samples of the generator after training, a class a row, no choice made"
+        alt = f"Samples of the generator after training, a class a row, no choice made{_guidance(run.config)}"
         data = grids[-1].read_bytes()
-        data = _smaller(data) if len(data) > LARGE_SAMPLES else data
+        data = _smaller(data) if len(data) > LARGE else data
         return f"{self._write('samples', alt, lambda path: write_bytes(path, data))}\n\n{alt}."
 
     def preview(self, run: RunRecord) -> str:
@@ -81,7 +84,7 @@ class Pictures:
         chosen = min(found, key=lambda s: (s.manifest.get("ipc", 0) > 10, abs(s.manifest.get("ipc", 0) - 10), s.name))
         assert chosen.distilled_dir is not None
         data, note = (chosen.distilled_dir / "preview.png").read_bytes(), ""
-        if len(data) > LARGE_PREVIEW:
+        if len(data) > LARGE:
             data, note = _smaller(data), "\n\nMade smaller, with 256 colours."
         alt = f"Images of {chosen.name}, a class a row"
         return self._write("preview", alt, lambda path: write_bytes(path, data)) + note
@@ -91,6 +94,15 @@ class Pictures:
         path = Path("docs") / f"results-{self.name}-{kind}.png"
         write(self.root / path)
         return f"![{alt}]({path.as_posix()})"
+
+
+def _guidance(config: Mapping[str, Any]) -> str:
+    """Says what the samples that training draws are guided by: the model without a class, as the settings have it."""
+    scale, interval = config.get("guidance_scale"), config.get("guidance_interval")
+    if scale is None or interval is None:
+        return ""
+    within = f"{interval[0]:g} to {interval[1]:g}"
+    return ", no guidance" if scale == 1 else f", classifier-free guidance {scale:g} in {within}"
 
 
 def _smaller(png: bytes) -> bytes:
@@ -116,7 +128,7 @@ def _draw_panel(axes: Axes, scores: Scores, columns: list[Column], teachers: Map
         shift = step ** (place - (len(titles) - 1) / 2)  # side by side, so that no error bar hides another
         points = [(column[1] * shift, row[column]) for column in columns if column in row]
         heights = [100 * found["mean"] for _, found in points]
-        spread = [100 * (found.get("std") or 0.0) for _, found in points]
+        spread = [math.nan if found.get("std") is None else 100 * found["std"] for _, found in points]
         source = next((source for source in IMAGE_SOURCES if title.startswith(source)), "")
         style = "-" if title in IMAGE_SOURCES else "--"
         handles[title] = axes.errorbar(

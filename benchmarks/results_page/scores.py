@@ -110,12 +110,17 @@ class Scores:
     @property
     def panels(self) -> list[list[Column]]:
         """Columns that one picture can hold: of one protocol and teacher, and every ipc once."""
-        found: list[list[Column]] = []
-        for recipe in self.recipes:
-            alike = [column for column in self.columns if column[0].order == recipe.order]
-            once = len({ipc for _, ipc in alike}) == len(alike)
-            found.append(alike if once else [column for column in alike if column[0] == recipe])
-        return [panel for place, panel in enumerate(found) if panel not in found[:place]]
+        groups: dict[tuple[object, ...], list[Column]] = {}
+        for column in self.columns:
+            groups.setdefault(column[0].order, []).append(column)
+        panels = []
+        for alike in groups.values():
+            if len({ipc for _, ipc in alike}) == len(alike):
+                panels.append(alike)
+            else:
+                recipes = dict.fromkeys(recipe for recipe, _ in alike)
+                panels += [[column for column in alike if column[0] == recipe] for recipe in recipes]
+        return panels
 
     @property
     def repeats(self) -> int:

@@ -8,20 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from ddgen.page.run import AUTOENCODER_STAGE, EvaluatedSet, RunRecord
-from ddgen.page.times import stage_seconds, training_seconds
+from ddgen.page.times import observer_time, stage_seconds, training_seconds
 from ddgen.units import readable_seconds
 from results_page.small import MISSING, count, shorten, table
 
 
 def times_table(run: RunRecord) -> str:
     """Returns stage, time and where that is known from, in the order of the work."""
-    stages, alone = stage_seconds(run.history), sum(stage_seconds(run.observer_history).values())
-    epochs = [line["seconds"] for line in run.observer_epochs if "seconds" in line]
-    observer = (
-        (readable_seconds(sum(epochs)), f"{len(epochs)} epochs, observer_metrics.jsonl") if epochs else (MISSING, "")
-    )
-    if run.config.get("observer"):
-        observer = (readable_seconds(alone), "trained alone, observer/history.jsonl") if alone else ("none", "given")
+    stages, known = stage_seconds(run.history), observer_time(run)
+    observer = ("none", "given") if run.config.get("observer") else (MISSING, "")
+    if known is not None:
+        observer = (readable_seconds(known[0]), known[1])
     latents = (MISSING, "")
     if AUTOENCODER_STAGE in stages:
         latents = (readable_seconds(stages[AUTOENCODER_STAGE]), "history.jsonl")

@@ -61,7 +61,7 @@ from ddgen.observer.observer import Observer
 from ddgen.observer.perceptual import PerceptualLoss
 from ddgen.observer.realism import check_observer
 from ddgen.observer.training import train_observer
-from ddgen.page.run import AUTOENCODER_STAGE
+from ddgen.page.run import AUTOENCODER_STAGE, OBSERVER_STAGE
 from ddgen.resume import Checkpoints, on_main
 from ddgen.stopping import stop_at_once
 
@@ -108,7 +108,7 @@ def _train(config: TrainConfig, folder: RunFolder, accelerator: Accelerator, pre
     check_shared(output_dir / "dataset.json", accelerator)
     history = History(output_dir, accelerator, precision)
     history.start()
-    with history.stage("observer"):
+    with history.stage(OBSERVER_STAGE):
         observer = observer_of_run(config, given, dataset, output_dir / "observer", accelerator, precision)
     say(f"observer: {observer.network}, {observer.accuracy:.1%} on held-out real images")
     with history.stage(AUTOENCODER_STAGE):
@@ -187,7 +187,7 @@ def train_observer_alone(config: TrainObserverConfig) -> int:
     on_main(accelerator, lambda: _write_run_facts(run, dataset, output_dir))
     history = History(output_dir, accelerator, precision)  # not before: an observer's folder may not exist
     history.start()
-    history.add_stage("observer", seconds)
+    history.add_stage(OBSERVER_STAGE, seconds)
     history.finish()
     accelerator.print(
         f"{observer.accuracy:.1%} on held-out real images; use it with --observer {output_dir}, or with anybody's"

@@ -87,15 +87,9 @@ def train_diffusion(
     copied = copy.deepcopy(run.unet).eval().requires_grad_(False)
     sampled = Generator(copied, autoencoder, scheduler, class_names, image_size, config.guidance, precision)
     unet, optimizer = _prepare(run, optim, accelerator)
-    if resume_from is not None:
-        run.checkpoints.load(resume_from, run.go_back)
-        take_along(resume_from, output_dir, accelerator)
-    if accelerator.is_main_process:
-        run.checkpoints.tidy(resume_from)
+    _go_back(run, resume_from, output_dir, accelerator)
     report = Report(config, run, sampled, accelerator, fid_every, monitor, on_metrics, num_images=len(labels))
-    names = [name for name, _ in run.unet.named_parameters()]
-    snapshots = Snapshots(output_dir / "ema_snapshots", names, optim.ema_stds, optim.max_train_steps)
-    unet.train()
+    snapshots = _snapshots(run, optim, output_dir)
     fix_order_of_sums(accelerator, unet, lambda: _loss(objective, unet, batches.at(run.step)[0]))
 
     # --- loop
@@ -116,6 +110,20 @@ def train_diffusion(
     # Only the main process knows the distances, and under FSDP all of them put the average together.
     best = broadcast_object_list([best_ema(run.distances, optim.ema_stds)])[0]
     return report.choose_width(snapshots, best) if optim.posthoc_ema_stds else report.generator(best)
+
+
+def _go_back(run: TrainingRun, resume_from: Path | None, output_dir: Path, accelerator: Accelerator) -> None:
+    """Puts everything back to where a checkpoint was taken, if there is one, and clears away what came after it."""
+    if resume_from is not None:
+        run.checkpoints.load(resume_from, run.go_back)
+        take_along(resume_from, output_dir, accelerator)
+    if accelerator.is_main_process:
+        run.checkpoints.tidy(resume_from)
+
+
+def _snapshots(run: TrainingRun, optim: OptimizerConfig, output_dir: Path) -> Snapshots:
+    names = [name for name, _ in run.unet.named_parameters()]
+    return Snapshots(output_dir / "ema_snapshots", names, optim.ema_stds, optim.max_train_steps)
 
 
 def _take_step(
@@ -151,7 +159,7 @@ def _prepare(
         run.unet.compile()  # in place: names of the weights stay; the copy that samples was made before
     unet, optimizer = accelerator.prepare(run.unet, run.optimizer)
     run.follow(optim)
-    return unet, optimizer
+    return unet.train(), optimizer
 
 
 def _loss(objective: DiffusionLoss, unet: nn.Module, part: MicroBatch) -> Tensor:

@@ -16,7 +16,7 @@ from ddgen.errors import UserError
 
 PROVENANCE_NAME = "provenance.json"
 HISTORY_NAME = "history.jsonl"
-AUTOENCODER_STAGE = "autoencoder and latents"  # of training, in the history
+OBSERVER_STAGE, AUTOENCODER_STAGE = "observer", "autoencoder and latents"  # of training, in the history
 RUN_FILES = ("config.yaml", "dataset.json", "metrics.jsonl", "distilled", "evaluation")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from typing import Any
 
-from ddgen.page.run import AUTOENCODER_STAGE, HISTORY_NAME, RunRecord
+from ddgen.page.run import AUTOENCODER_STAGE, HISTORY_NAME, OBSERVER_STAGE, RunRecord
 from ddgen.units import readable_seconds
 
 TimeRow = tuple[str, str, str]
@@ -15,13 +15,9 @@ TimeRow = tuple[str, str, str]
 def time_rows(run: RunRecord) -> list[TimeRow]:
     """Returns stage, time and where that is known from, in the order of the work."""
     rows: list[TimeRow] = []
-    observer = [epoch["seconds"] for epoch in run.observer_epochs if _is_seconds(epoch.get("seconds"))]
-    if observer:
-        rows.append(("observer", readable_seconds(sum(observer)), f"{len(observer)} epochs, observer_metrics.jsonl"))
-    alone = sum(stage_seconds(run.observer_history).values())
-    if alone:
-        rows.append(("observer, trained alone", readable_seconds(alone), f"observer/{HISTORY_NAME}"))
-    stages = stage_seconds(run.history)
+    stages, observer = stage_seconds(run.history), observer_time(run)
+    if observer is not None:
+        rows.append(("observer", readable_seconds(observer[0]), observer[1]))
     if AUTOENCODER_STAGE in stages:
         rows.append((AUTOENCODER_STAGE, readable_seconds(stages[AUTOENCODER_STAGE]), HISTORY_NAME))
     training = training_seconds(run)
@@ -41,6 +37,23 @@ def time_rows(run: RunRecord) -> list[TimeRow]:
         if isinstance(ranking, float):
             rows.append((f"{shown.name}: students of the ranking", readable_seconds(ranking), "results.json"))
     return rows
+
+
+def observer_time(run: RunRecord) -> tuple[float, str] | None:
+    """Returns the seconds of training the observer and where they are known from, or None.
+
+    An observer that the run was given counts where it was trained by ddgen; reading it does not. Its epochs alone,
+    without what was measured after each, stand in where there is no history.
+    """
+    alone = sum(stage_seconds(run.observer_history).values())
+    if alone:
+        return alone, f"trained alone, observer/{HISTORY_NAME}"
+    stages = stage_seconds(run.history)
+    if OBSERVER_STAGE in stages and not run.config.get("observer"):
+        return stages[OBSERVER_STAGE], HISTORY_NAME
+    epochs = [epoch["seconds"] for epoch in run.observer_epochs if _is_seconds(epoch.get("seconds"))]
+    counted = f"{len(epochs)} epoch{'s'[: len(epochs) != 1]}"
+    return (sum(epochs), f"{counted}, observer_metrics.jsonl") if epochs else None
 
 
 def stage_seconds(history: Iterable[Mapping[str, Any]]) -> dict[str, float]:
