@@ -365,6 +365,22 @@ def test_second_call_trains_nothing(tmp_path: Path, teacher: Observer, monkeypat
     assert run(tmp_path, teacher) == first
 
 
+def test_more_repeats_and_protocols_train_only_what_is_new(
+    tmp_path: Path, teacher: Observer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run(tmp_path, teacher, protocols=("rded",), repeats=1)
+    new: list[tuple[str, int]] = []
+
+    def noted(job: Job, *args: Any, **kwargs: Any) -> StudentResult:
+        new.append((job.protocol.name, job.seed))
+        return train_student(job, *args, **kwargs)
+
+    monkeypatch.setattr(cells, "train_student", noted)
+    both = run(tmp_path, teacher, protocols=("rded", "hard"), repeats=2)
+    assert len(new) == len(set(new)) * len(first.rows) == 3 * len(first.rows)  # rded's second, and both of hard
+    assert [row.scores[0] for row in both.rows[: len(first.rows)]] == [row.scores[0] for row in first.rows]
+
+
 def test_interrupted_evaluation_goes_on(tmp_path: Path, teacher: Observer, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
 

@@ -452,6 +452,9 @@ def test_the_command_writes_a_dataset_that_evaluate_reads(
     assert cli.main(["evaluate", *DIGITS, *evaluate, "--repeats", "1", "--output_dir", str(tmp_path / "scores")]) == 0
     out = capsys.readouterr().out
     assert "distilled" in out and "rded real" in out
+    forget_accelerator()
+    assert cli.main(["evaluate", *DIGITS, *evaluate, "--repeats", "2", "--output_dir", str(tmp_path / "scores")]) == 2
+    assert "students that are trained already stay" in capsys.readouterr().err
 
 
 def test_the_baseline_is_what_the_command_makes(digits_observer: str, tmp_path: Path) -> None:

@@ -390,12 +390,14 @@ def test_one_point_is_no_curve_and_the_last_samples_are_shown(tmp_path: Path) ->
     run = tmp_path / "run"
     (run / "samples").mkdir(parents=True)
     write_json(run / "dataset.json", {"name": "x"})
+    (run / "config.yaml").write_text("guidance_scale: 2.0\nguidance_interval: [0.2, 0.9]\n")
     lines = [f'{{"step": {step}, "fd_x_10/ema_0.1": {value}}}\n' for step, value in ((4, 3.5), (8, 2.5))]
     for number, colour in ((4, "red"), (8, "blue")):
         Image.new("RGB", (40, 20), colour).save(run / "samples" / f"step-{number:08d}.png")
         (run / "metrics.jsonl").write_text("".join(lines[: number // 4]))
         text = page(tmp_path, run)
         assert ("![FD curve](docs/results-run-fd.png)" in text) == (number == 8)
+        assert "no choice made, classifier-free guidance 2 in 0.2 to 0.9" in text
         assert f"Lowest `fd_x_10`: {3.5 if number == 4 else 2.5} at step {number}" in text
         with Image.open(tmp_path / "docs" / "results-run-samples.png") as shown:
             assert shown.size == (40, 20) and shown.getpixel((5, 5)) == ((255, 0, 0) if number == 4 else (0, 0, 255))

@@ -227,7 +227,10 @@ def _evaluation_dir(config: EvaluateConfig, run_dir: Path | None, distilled_dir:
         raise UserError("--output_dir: not set; say where the results of a dataset outside any run go")
     output_dir = Path(config.output_dir or (run_dir or Path()) / "evaluation" / _evaluation_name(config, distilled_dir))
     if (output_dir / "results.json").exists() and not config.overwrite:
-        raise UserError(f"--output_dir {output_dir}: has results already; give another, or --overwrite to replace them")
+        raise UserError(
+            f"--output_dir {output_dir}: has results already; give another, or --overwrite to replace"
+            " them: students that are trained already stay, so more --repeats or --protocols cost only what is new"
+        )
     return output_dir
 
 

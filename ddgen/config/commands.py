@@ -239,7 +239,7 @@ class EvaluateConfig:
     output_dir: str | None = None
     """Where results go. Default: <run_dir>/evaluation/ipc<ipc>."""
     overwrite: bool = False
-    """Replace existing results."""
+    """Replace existing results; students that are trained already stay."""
     seed: int = 0
     """Seed of the students and of the random baselines."""
     mixed_precision: Precision | None = None
