@@ -339,7 +339,7 @@ def test_results_are_put_into_the_card_once(tmp_path: Path) -> None:
         "on the 1,797 real test images; mean ± standard deviation of 2 students, seed 4.",
         "| distilled | rded | convnet3 | 300 | 91.3 ± 0.4 | (92.0) |",
         "| random real | rded | convnet3 | 300 | 10.0 | (92.0) |",
-        "`--epochs 7`: not comparable",
+        "`--epochs 7`, not the epochs of rded: not comparable",
         "a convnet3, itself 98.5 on",
     ):
         assert expected in text

@@ -482,6 +482,17 @@ def test_table_states_what_must_be_known() -> None:
     assert max(map(len, lines)) <= 120
 
 
+def test_epochs_that_are_the_protocols_own_change_nothing(tmp_path: Path) -> None:
+    asked = results(epochs_override=300)
+    table = format_table(asked)
+    assert "--epochs 300 instead of 2000 of hard: not comparable" in table and "of rded" not in table
+    (soft,) = [line for line in table.splitlines() if line.startswith("distilled") and "rded" in line]
+    (hard,) = [line for line in table.splitlines() if line.startswith("distilled") and "hard" in line]
+    assert "60*" in hard and "60*" not in soft
+    write_results(asked, tmp_path / "results.json")
+    assert json.loads((tmp_path / "results.json").read_text())["epochs_changed"] == ["hard"]
+
+
 def test_table_without_override_and_of_one_repeat_claims_no_spread() -> None:
     table = format_table(results(epochs_override=None, repeats=1))
     assert "mirror" not in table

@@ -63,7 +63,7 @@ class Recipe:
     Attributes:
         protocol: Its name.
         teacher: Who labels online, or None.
-        epochs: `--epochs`, or None for the protocol's own.
+        epochs: `--epochs` where they are not the protocol's own; otherwise None.
     """
 
     protocol: str
@@ -137,7 +137,9 @@ def collect(run: RunRecord) -> list[Scores]:
     for shown in run.sets:
         for row in shown.results.get("rows", ()):
             scores = found.setdefault(row["student"], Scores(row["student"], {}, {}))
-            recipe = Recipe(row["protocol"], _teacher(row, shown.results), shown.results.get("epochs_override"))
+            changed = row["protocol"] in shown.results.get("epochs_changed", (row["protocol"],))
+            epochs = shown.results.get("epochs_override") if changed else None
+            recipe = Recipe(row["protocol"], _teacher(row, shown.results), epochs)
             column, title = (recipe, shown.results["ipc"]), _row_title(row, shown)
             before = scores.cells.get(title, {}).get(column)
             if before is not None and before["scores"] != row["scores"]:

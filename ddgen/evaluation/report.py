@@ -63,11 +63,18 @@ class Results:
         """Returns the protocol of a row."""
         return next(recipe for recipe in self.recipes if recipe.name == name)
 
+    @property
+    def epochs_changed(self) -> tuple[str, ...]:
+        """Protocols whose own number of epochs is not that of `--epochs`."""
+        asked = self.epochs_override
+        return tuple(recipe.name for recipe in self.recipes if asked not in (None, _own_epochs(self, recipe)))
+
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values for JSON: fractions, bytes and seconds."""
         own = ("rows", "teachers", "recipes", "ranking")
         plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in own}
         plain["score"] = "top-1 fraction on the real test images after the last epoch"
+        plain["epochs_changed"] = list(self.epochs_changed)
         plain["teachers"] = dict(self.teachers)
         plain["protocols"] = {recipe.name: to_plain(recipe) for recipe in self.recipes}
         plain["rows"] = [
@@ -124,7 +131,7 @@ def format_table(results: Results) -> str:
 
 
 def _cells(row: Row, results: Results, several: bool, with_top5: bool) -> tuple[str, ...]:
-    starred = results.epochs_override is not None or row.images == FULL_REAL
+    starred = row.protocol in results.epochs_changed or row.images == FULL_REAL
     top5 = "-" if row.top5_mean is None else f"{100 * row.top5_mean:.1f}"
     return (
         row.images,
@@ -218,8 +225,9 @@ def _notes(results: Results) -> list[str]:
     notes.append(
         "The score is the last epoch's. The best epoch, of at most ten scored, is chosen on the test set: not a score."
     )
-    if results.epochs_override is not None:
-        own = ", ".join(f"{_own_epochs(results, recipe)} of {recipe.name}" for recipe in results.recipes)
+    if results.epochs_changed:
+        changed = map(results.recipe, results.epochs_changed)
+        own = ", ".join(f"{_own_epochs(results, recipe)} of {recipe.name}" for recipe in changed)
         notes.append(f"* --epochs {results.epochs_override} instead of {own}: not comparable with published numbers.")
     elif any(row.images == FULL_REAL for row in results.rows):
         notes.append("* On all real images students train for fewer epochs than the protocol's.")

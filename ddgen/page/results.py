@@ -21,8 +21,8 @@ KNOWN = {
 }  # fmt: skip
 TOLD = {
     "dataset", "num_classes", "num_test", "image_size", "ipc", "num_images", "repeats", "seed", "epochs_override",
-    "flip", "teacher", "teacher_accuracy", "teachers", "protocols", "precision", "device", "score", "rows",
-    "cross_architecture", "dd_ranking", "ranking",
+    "epochs_changed", "flip", "teacher", "teacher_accuracy", "teachers", "protocols", "precision", "device", "score",
+    "rows", "cross_architecture", "dd_ranking", "ranking",
 }  # fmt: skip
 
 DD_RANKING = {"hlr", "ior", "lrs", "ars"}
@@ -168,10 +168,11 @@ def _heading(results: Mapping[str, Any]) -> str:
 
 def _notes(results: Mapping[str, Any], shown: EvaluatedSet) -> str:
     notes = ["The score is the last epoch's; the best epoch is chosen on the test set and is no score."]
-    if results.get("epochs_override") is not None:
+    changed = results.get("epochs_changed", dict.fromkeys(row["protocol"] for row in results["rows"]))
+    if results.get("epochs_override") is not None and changed:
         notes.append(
-            f"Epochs were set to {results['epochs_override']} instead of the protocol's own: not comparable with "
-            "published numbers."
+            f"Epochs were set to {results['epochs_override']} instead of the protocol's own ({', '.join(changed)}):"
+            " not comparable with published numbers."
         )
     if results.get("flip") is False:
         notes.append("Without the protocols' mirroring: a mirror image would be another class.")
