@@ -240,11 +240,12 @@ def _difference(ours: Mapping[str, Any] | None, theirs: Mapping[str, Any] | None
     if ours is None or theirs is None:
         return ""
     points = 100 * (ours["mean"] - theirs["mean"])
+    text = f"{round(points, 1) + 0.0:+.1f}"  # never -0.0
     if ours.get("std") is None or theirs.get("std") is None:
-        return f"{points:+.1f}"
+        return text
     if abs(points) <= 100 * (ours["std"] + theirs["std"]):
-        return f"{points:+.1f} within the spread"
-    return f"{points:+.1f} {'above' if points > 0 else 'below'}"
+        return f"{text} within the spread"
+    return f"{text} {'above' if points > 0 else 'below'}"
 
 
 def _notes(run: RunRecord, scores: Scores) -> list[str]:
