@@ -54,6 +54,7 @@ from ddgen.evaluation.cells import bytes_of, digest
 from ddgen.evaluation.protocols import RDED
 from ddgen.evaluation.students import IMAGENET_LOOK, Job, train_student
 from ddgen.evaluation.teacher_epoch import student_network
+from ddgen.launch import start_asked_for_processes
 from ddgen.observer.epochs import epoch_dir, list_epochs
 from ddgen.observer.observer import Observer
 from ddgen.observer.realism import RealismScores, real_class_scores, realism_scores
@@ -350,6 +351,8 @@ def main(argv: list[str] | None = None) -> int:
     """Measures what has not been yet, and writes tables and pictures."""
     settings = tyro.cli(Settings, args=argv, use_underscores=True)
     try:
+        if argv is None:  # as a command
+            start_asked_for_processes()
         accelerator, precision = start_accelerator(None)
         return run(Study(settings, accelerator, precision))
     except UserError as error:
