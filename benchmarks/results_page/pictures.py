@@ -42,7 +42,9 @@ class Pictures:
     name: str
 
     def accuracy(self, run: RunRecord, scores: Scores) -> str:
-        """Draws accuracy against images per class, a panel a protocol and teacher."""
+        """Draws accuracy against images per class, a panel a protocol and teacher, if there is more than one ipc."""
+        if max(map(len, scores.panels)) < 2:
+            return ""
         figure = Figure(figsize=(4.8 * len(scores.panels), 4.4), dpi=110, layout="constrained")
         FigureCanvasAgg(figure)
         panels = figure.subplots(1, len(scores.panels), squeeze=False)[0]
