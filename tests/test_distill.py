@@ -332,8 +332,8 @@ def test_results_are_put_into_the_card_once(tmp_path: Path) -> None:
     pair = row | {"scores": (0.91, 0.9154), "mean": 0.9127, "std": 0.004}
     single = row | {"images": "random real", "scores": (0.1,), "mean": 0.1, "std": None}
     update_results(out, {"rows": [row | {"scores": (0.5,), "mean": 0.5, "std": None}]})
-    teacher = {"teachers": {"convnet3": 0.985}}
-    update_results(out, {"rows": [pair, single], "num_test": 1797, "seed": 4, "epochs_override": 7} | teacher)
+    teacher, changed = {"teachers": {"convnet3": 0.985}}, {"epochs_override": 7, "epochs_changed": ["rded"]}
+    update_results(out, {"rows": [pair, single], "num_test": 1797, "seed": 4} | changed | teacher)
     text = (out / "README.md").read_text(encoding="utf-8")
     for expected in (
         "on the 1,797 real test images; mean ± standard deviation of 2 students, seed 4.",

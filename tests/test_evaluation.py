@@ -489,6 +489,8 @@ def test_epochs_that_are_the_protocols_own_change_nothing(tmp_path: Path) -> Non
     (soft,) = [line for line in table.splitlines() if line.startswith("distilled") and "rded" in line]
     (hard,) = [line for line in table.splitlines() if line.startswith("distilled") and "hard" in line]
     assert "60*" in hard and "60*" not in soft
+    full = format_table(replace(asked, rows=(*asked.rows, replace(asked.rows[0], images="full real"))))
+    assert "instead of 2000 of hard" in full and "* On all real images students train for fewer epochs" in full
     write_results(asked, tmp_path / "results.json")
     assert json.loads((tmp_path / "results.json").read_text())["epochs_changed"] == ["hard"]
 

@@ -254,11 +254,18 @@ def test_many_columns_become_a_table_per_protocol() -> None:
 
 
 def test_the_best_epoch_and_a_cut_training_are_marked() -> None:
-    page = Page("".join(result_parts(EvaluatedSet("x", results=results([row("distilled")], epochs_override=7)))))
+    found = results([row("distilled")], epochs_override=7, epochs_changed=["rded"])
+    page = Page("".join(result_parts(EvaluatedSet("x", results=found))))
     assert "the best epoch is chosen on the test set and is no score" in page.words
     assert "Epochs were set to 7" in page.words and "not comparable with published numbers" in page.words
     own = results([row("distilled")], epochs_override=300, epochs_changed=[])
     assert "not comparable" not in Page("".join(result_parts(EvaluatedSet("x", results=own)))).words
+
+
+def test_a_file_that_does_not_say_which_epochs_were_changed_counts_for_all(tmp_path: Path) -> None:
+    write_json(tmp_path / "evaluation" / "x" / "results.json", results([row("distilled")], epochs_override=300))
+    (shown,) = read_run(tmp_path).sets
+    assert shown.results["epochs_changed"] == ["rded"]
 
 
 def test_hostile_class_names_are_text(finished: Path, tmp_path: Path) -> None:

@@ -404,3 +404,16 @@ def test_one_point_is_no_curve_and_the_last_samples_are_shown(tmp_path: Path) ->
         assert f"Lowest `fd_x_10`: {3.5 if number == 4 else 2.5} at step {number}" in text
         with Image.open(tmp_path / "docs" / "results-run-samples.png") as shown:
             assert shown.size == (40, 20) and shown.getpixel((5, 5)) == ((255, 0, 0) if number == 4 else (0, 0, 255))
+
+
+def test_the_readmes_scores_are_those_of_the_results() -> None:
+    root = Path(__file__).parents[1]
+    readme, results = (root / "README.md").read_text(), (root / "RESULTS.md").read_text()
+    names = {"RDED on real images (crops)": RDED_REAL}
+    for head, network in (("CIFAR-10, ConvNet-3", "convnet3"), ("Tiny ImageNet, ten classes, ConvNet-4", "convnet4")):
+        measured = table(results[results.index(f"### Accuracy of {network}\n") :], "images")
+        shown = table(readme, head)
+        assert shown.pop("") == [f"{labels}, {ipc}" for labels in ("soft", "hard") for ipc in (1, 10, 50)]
+        assert len(shown) == 4
+        for name, cells in shown.items():
+            assert cells == [re.sub(r" \(n = \d+\)", "", cell) for cell in measured[names.get(name, name)]], name

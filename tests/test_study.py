@@ -7,7 +7,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from benchmarks import study
 from benchmarks.study import Row, Settings, pool_name, read_results
+from ddgen.errors import UserError
 
 IDENTITY = {"seed": 0, "ipcs": (1, 2)}  # a tuple is a list in the file
 
@@ -42,3 +46,15 @@ def test_a_pool_is_of_everything_that_its_images_depend_on() -> None:
         assert len(names | {pool_name(settings, pool, 1)}) == len(changes) + 2  # type: ignore[arg-type]
     assert len({pool_name(settings, "generated", 0, scale) for scale in (None, 1.0, 1.5, 2.0)}) == 4
     assert pool_name(settings, "generated", 0) == pool_name(replace(settings, guide="x", modes=3), "generated", 0)
+
+
+def test_the_command_starts_the_processes_it_was_launched_with(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def asked() -> None:
+        raise UserError("two processes")
+
+    monkeypatch.setattr(study, "start_asked_for_processes", asked)
+    monkeypatch.setattr("sys.argv", ["study.py"])
+    assert study.main() == 2
+    assert "study: two processes" in capsys.readouterr().err

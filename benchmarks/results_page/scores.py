@@ -137,7 +137,7 @@ def collect(run: RunRecord) -> list[Scores]:
     for shown in run.sets:
         for row in shown.results.get("rows", ()):
             scores = found.setdefault(row["student"], Scores(row["student"], {}, {}))
-            changed = row["protocol"] in shown.results.get("epochs_changed", (row["protocol"],))
+            changed = row["protocol"] in shown.results.get("epochs_changed", ())
             epochs = shown.results.get("epochs_override") if changed else None
             recipe = Recipe(row["protocol"], _teacher(row, shown.results), epochs)
             column, title = (recipe, shown.results["ipc"]), _row_title(row, shown)

@@ -69,8 +69,7 @@ def with_results(card: str, results: Mapping[str, Any]) -> str:
         card: A card as `render_card` wrote it, edited by hand or not.
         results: The contents of results.json. Needed: `rows`, mappings with `images`, `protocol`, `student`, `epochs`,
             `scores` (one fraction 0..1 per student), `mean`, `std` (or None) and `best_epoch_mean`. Told when there:
-            `num_test`, `seed`, `teachers` (name -> fraction), `epochs_override`,
-            `epochs_changed`.
+            `num_test`, `seed`, `teachers` (name -> fraction), `epochs_override` and `epochs_changed`.
     """
     block = _results_block(_results_table(results))
     before, begin, rest = card.partition(RESULTS_BEGIN)
@@ -322,8 +321,7 @@ def _results_heading(results: Mapping[str, Any]) -> str:
 
 def _results_notes(results: Mapping[str, Any]) -> list[str]:
     notes = ["The score is the last epoch's; the best epoch is chosen on the test set and is no score."]
-    changed = results.get("epochs_changed", dict.fromkeys(row["protocol"] for row in results["rows"]))
-    if results.get("epochs_override") is not None and changed:
+    if changed := results.get("epochs_changed"):
         text = f"Trained with `--epochs {results['epochs_override']}`, not the epochs of {', '.join(changed)}"
         notes.append(f"{text}: not comparable with published numbers.")
     for teacher, accuracy in results.get("teachers", {}).items():

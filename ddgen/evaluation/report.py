@@ -229,7 +229,7 @@ def _notes(results: Results) -> list[str]:
         changed = map(results.recipe, results.epochs_changed)
         own = ", ".join(f"{_own_epochs(results, recipe)} of {recipe.name}" for recipe in changed)
         notes.append(f"* --epochs {results.epochs_override} instead of {own}: not comparable with published numbers.")
-    elif any(row.images == FULL_REAL for row in results.rows):
+    if any(row.images == FULL_REAL for row in results.rows):
         notes.append("* On all real images students train for fewer epochs than the protocol's.")
     for recipe in results.recipes:
         others = {row.student for row in results.rows if row.protocol == recipe.name} - {recipe.student}

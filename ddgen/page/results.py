@@ -168,8 +168,7 @@ def _heading(results: Mapping[str, Any]) -> str:
 
 def _notes(results: Mapping[str, Any], shown: EvaluatedSet) -> str:
     notes = ["The score is the last epoch's; the best epoch is chosen on the test set and is no score."]
-    changed = results.get("epochs_changed", dict.fromkeys(row["protocol"] for row in results["rows"]))
-    if results.get("epochs_override") is not None and changed:
+    if changed := results.get("epochs_changed"):
         notes.append(
             f"Epochs were set to {results['epochs_override']} instead of the protocol's own ({', '.join(changed)}):"
             " not comparable with published numbers."

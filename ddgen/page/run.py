@@ -113,6 +113,8 @@ def _sets(root: Path) -> tuple[EvaluatedSet, ...]:
 
 def _read_set(name: str, distilled_dir: Path | None, evaluation_dir: Path) -> EvaluatedSet:
     results = _json(evaluation_dir / "results.json")
+    if results.get("epochs_override") is not None and "epochs_changed" not in results:  # earlier files: of all
+        results = {**results, "epochs_changed": list(dict.fromkeys(row["protocol"] for row in results["rows"]))}
     provenance = _json(evaluation_dir / PROVENANCE_NAME)
     if distilled_dir is None and provenance:
         distilled_dir = Path(provenance["distilled_dir"])

@@ -52,8 +52,8 @@ def observer_time(run: RunRecord) -> tuple[float, str] | None:
     if OBSERVER_STAGE in stages and not run.config.get("observer"):
         return stages[OBSERVER_STAGE], HISTORY_NAME
     epochs = [epoch["seconds"] for epoch in run.observer_epochs if _is_seconds(epoch.get("seconds"))]
-    counted = f"{len(epochs)} epoch{'s'[: len(epochs) != 1]}"
-    return (sum(epochs), f"{counted}, observer_metrics.jsonl") if epochs else None
+    unit = "epoch" if len(epochs) == 1 else "epochs"
+    return (sum(epochs), f"{len(epochs)} {unit}, observer_metrics.jsonl") if epochs else None
 
 
 def stage_seconds(history: Iterable[Mapping[str, Any]]) -> dict[str, float]:
