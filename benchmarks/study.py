@@ -70,6 +70,9 @@ COLOURS: dict[Pool, str] = {  # real images round and grey to brown, generated o
     "autoguided": "#d95f02", "steered": "#7570b3",
 }  # fmt: skip
 ONLINE = "online"
+ONE_SOFT_LABEL = "one soft label"
+CLASS_NUMBER = "class number"
+KINDS = (ONLINE, ONE_SOFT_LABEL, CLASS_NUMBER)
 SAMPLED_TOGETHER = 100
 FIGURES = ("loss", "class_named", "distance", "coverage")
 
@@ -199,9 +202,8 @@ class Study:
     def kinds_of_labels(self) -> list[str]:
         """Returns the kinds of label: online and one for good, by the observer and as it was; and none."""
         epochs = list_epochs(self.observer_dir)
-        kinds = [ONLINE, *(f"{ONLINE}, epoch {epoch}" for epoch in epochs)]
-        fixed = ["one soft label", *(f"one soft label, epoch {epoch}" for epoch in epochs)]
-        kinds += [*fixed, "class number"]
+        kinds = [f"{kind}, epoch {epoch}" for kind in (ONLINE, ONE_SOFT_LABEL) for epoch in epochs]
+        kinds = sorted([*KINDS, *kinds], key=label_order)
         for kind in self.settings.labels:
             if kind not in kinds:
                 raise UserError(f"--labels {kind!r}: this observer gives {', '.join(map(repr, kinds))}")
@@ -234,15 +236,15 @@ class Study:
         kind, _, epoch = row.labels.partition(", epoch ")
         teacher = self.load_observer(int(epoch)) if epoch else self.observer
         protocol = RDED
-        if kind == "one soft label":
+        if kind == ONE_SOFT_LABEL:
             found = realism_scores(
                 teacher, images.pixels, images.labels, batch_size=256, device=self.accelerator.device,
                 precision=self.precision,
             )  # fmt: skip
             images = replace(images, soft_labels=found.logits.softmax(1))
-            protocol = replace(RDED, name="one soft label", labels="stored")
-        elif kind == "class number":
-            protocol = replace(RDED, name="class number", labels="hard")
+            protocol = replace(RDED, name=ONE_SOFT_LABEL, labels="stored")
+        elif kind == CLASS_NUMBER:
+            protocol = replace(RDED, name=CLASS_NUMBER, labels="hard")
         return Job(
             self.student, protocol, images, self.train.num_classes, row.ipc, self.test, [teacher],
             self.accelerator.device, self.precision, seed=derive(self.settings.seed, "repeat", row.repeat),
@@ -430,9 +432,14 @@ def columns(done: Done) -> list[tuple[int, Pool]]:
 
 def kinds(done: Done, field: str) -> list[Any]:
     """Returns the values of a field, in the order in which they are offered."""
-    values = dict.fromkeys(getattr(row, field) for row in done)
-    order = {"rule": RULES.index, "guidance": float}.get(field)
-    return sorted(values, key=order) if order else list(values)
+    order: dict[str, Callable[[Any], Any]] = {"rule": RULES.index, "guidance": float, "labels": label_order}
+    return sorted({getattr(row, field) for row in done}, key=order[field])
+
+
+def label_order(labels: str) -> tuple[int, float]:
+    """Returns what kinds of label are sorted by: the kind, then the observer's epochs (it has had the most as it is)."""
+    kind, _, epoch = labels.partition(", epoch ")
+    return KINDS.index(kind), float(epoch or "inf")
 
 
 def accuracies(done: Done, field: str, value: Any, ipc: int, pool: str) -> list[float]:

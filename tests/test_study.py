@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks import study
-from benchmarks.study import Row, Settings, pool_name, read_results
+from benchmarks.study import Row, Settings, pool_name, read_results, table
 from ddgen.errors import UserError
 
 IDENTITY = {"seed": 0, "ipcs": (1, 2)}  # a tuple is a list in the file
@@ -46,6 +46,13 @@ def test_a_pool_is_of_everything_that_its_images_depend_on() -> None:
         assert len(names | {pool_name(settings, pool, 1)}) == len(changes) + 2  # type: ignore[arg-type]
     assert len({pool_name(settings, "generated", 0, scale) for scale in (None, 1.0, 1.5, 2.0)}) == 4
     assert pool_name(settings, "generated", 0) == pool_name(replace(settings, guide="x", modes=3), "generated", 0)
+
+
+def test_labels_stand_in_one_order_whichever_was_measured_first() -> None:
+    order = ["online, epoch 2", "online, epoch 10", "online", "one soft label, epoch 1", "class number"]
+    done = {Row("crops", "herding", labels, 1, 0): {"accuracy": 0.5} for labels in reversed(order)}
+    lines = table(done, "labels").splitlines()
+    assert [line.split("|")[1].strip() for line in lines] == ["labels", "---", *order]
 
 
 def test_the_command_starts_the_processes_it_was_launched_with(
