@@ -437,7 +437,7 @@ def kinds(done: Done, field: str) -> list[Any]:
 
 
 def label_order(labels: str) -> tuple[int, float]:
-    """Returns what kinds of label are sorted by: the kind, then the observer's epochs (it has had the most as it is)."""
+    """Returns what kinds of label are sorted by: the kind, then the observer's epochs (as it is, it has the most)."""
     kind, _, epoch = labels.partition(", epoch ")
     return KINDS.index(kind), float(epoch or "inf")
 
