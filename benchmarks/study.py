@@ -12,7 +12,8 @@ Every repeat has pools of its own, so the spread is of candidates and students t
 Pools: `crops` are RDED's, the best of five crops of each of 300 real images a class; `whole` are 300 whole real images,
 and `reconstructed` the same ones as the autoencoder gives them back; `generated` are 300 candidates of the run's
 generator with classifier-free guidance, `unguided` without, `autoguided` with --guide, and `steered` with --modes. Into
---output_dir go results-*.jsonl, a table and a plot of every study. The same command goes on where it was stopped.
+--output_dir go results-*.jsonl, and a table and a plot of every study, of the pools, rules, labels and ipcs asked for.
+The same command goes on where it was stopped; more repeats join those that there are.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import itertools
 import json
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
@@ -403,7 +405,9 @@ def read_results(root: Path, identity: dict[str, Any], epochs: Callable[[int], i
 
 
 def write_report(study: Study, done: Done) -> None:
-    """Writes tables and pictures of everything that was measured."""
+    """Writes tables and pictures of what was asked for, of all its repeats that were measured, now or earlier."""
+    asked = {replace(row, repeat=0) for row in study.rows()}
+    done = {row: found for row, found in done.items() if replace(row, repeat=0) in asked}
     as_the_run = {row: found for row, found in done.items() if row.guidance is None}
     studies: dict[str, tuple[str, Done]] = {
         "selection": ("rule", {row: found for row, found in as_the_run.items() if row.labels == ONLINE}),
@@ -411,17 +415,22 @@ def write_report(study: Study, done: Done) -> None:
         "guidance": ("guidance", {row: found for row, found in done.items() if row.guidance is not None}),
     }
     lengths = ", ".join(f"{study.epochs(ipc)} at ipc {ipc}" for ipc in study.settings.ipcs)
-    most = study.settings.repeats
-    each = "one pool and student each" if most == 1 else f"up to {most} pools and students each"
-    title = f"{study.train.name}, {study.student}, epochs {lengths}, {each}"
     for name, (field, found) in studies.items():
         if name in study.settings.studies and found:
+            title = f"{study.train.name}, {study.student}, epochs {lengths}, {_repeats(found)}"
             text = f"{title}; percent of the real test images\n\n{table(found, field)}"
             if field == "rule":
                 text += f"\n{figures_table(found, sorted(study.settings.ipcs)[len(study.settings.ipcs) // 2])}"
             write_bytes(study.root / f"{name}.md", text.encode())
             write_bytes(study.root / f"{name}.png", draw(found, field, title))
             print(text)
+
+
+def _repeats(done: Done) -> str:
+    counts = set(Counter(replace(row, repeat=0) for row in done).values())
+    if counts == {1}:
+        return "one pool and student each"
+    return f"{' to '.join(map(str, sorted({min(counts), max(counts)})))} pools and students each"
 
 
 def columns(done: Done) -> list[tuple[int, Pool]]:

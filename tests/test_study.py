@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from benchmarks import study
-from benchmarks.study import Row, Settings, pool_name, read_results, table
+from benchmarks.study import FIGURES, Row, Settings, Study, pool_name, read_results, table, write_report
 from ddgen.errors import UserError
 
 IDENTITY = {"seed": 0, "ipcs": (1, 2)}  # a tuple is a list in the file
@@ -46,6 +47,28 @@ def test_a_pool_is_of_everything_that_its_images_depend_on() -> None:
         assert len(names | {pool_name(settings, pool, 1)}) == len(changes) + 2  # type: ignore[arg-type]
     assert len({pool_name(settings, "generated", 0, scale) for scale in (None, 1.0, 1.5, 2.0)}) == 4
     assert pool_name(settings, "generated", 0) == pool_name(replace(settings, guide="x", modes=3), "generated", 0)
+
+
+def test_the_report_is_of_what_was_asked_with_all_repeats_that_there_are(tmp_path: Path) -> None:
+    asked = cast(Study, object.__new__(Study))
+    asked.settings = Settings(
+        studies=("selection",), pools=("crops",), rules=("realism", "random"), ipcs=(1,), epochs=(5,), repeats=1
+    )
+    asked.root, asked.student, asked.train = tmp_path, "convnet3", cast(Any, SimpleNamespace(name="some"))
+    others = [
+        Row("whole", "random", "online", 1, 0), Row("crops", "herding", "online", 1, 0),
+        Row("crops", "realism", "online", 10, 0), Row("crops", "realism", "class number", 1, 0),
+        Row("crops", "random", "online", 1, 0, 3.0),
+    ]  # fmt: skip
+    figures = dict.fromkeys(FIGURES, 0.5)
+    done = {row: {"accuracy": 0.99, **figures} for row in others}
+    done |= {Row("crops", "realism", "online", 1, i): {"accuracy": a, **figures} for i, a in enumerate((0.2, 0.3, 0.4))}
+    done[Row("crops", "random", "online", 1, 0)] = {"accuracy": 0.25, **figures}
+    write_report(asked, done)
+    text = (tmp_path / "selection.md").read_text()
+    assert text.splitlines()[0].startswith("some, convnet3, epochs 5 at ipc 1, 1 to 3 pools and students each;")
+    assert "| rule | crops, ipc 1 |\n| --- | --: |\n| realism | **30.0** ± 10.0 |\n| random | 25.0 |\n" in text
+    assert "99.0" not in text and (tmp_path / "selection.png").stat().st_size > 1000
 
 
 def test_labels_stand_in_one_order_whichever_was_measured_first() -> None:
