@@ -23,7 +23,7 @@ from ddgen.observer.realism import check_observer
 from ddgen.resume import on_main
 
 CHOICES_NAME = "teacher_epochs.json"
-CHOICE_FORMAT = 1  # raise it when the same settings would give other numbers
+CHOICE_FORMAT = 2  # raise it when the same settings would give other numbers
 
 
 def load_teachers(

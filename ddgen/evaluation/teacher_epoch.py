@@ -23,7 +23,7 @@ from ddgen.seeds import derive, numpy_generator
 NUM_STUDENTS = 2
 NUM_HELD_OUT = 1000
 MAX_IMAGES, MIN_CLASSES = 2000, 10  # with more images than that, a part of the classes decides
-IMAGES_SEEN, MIN_EPOCHS, MAX_EPOCHS = 3000, 10, 100  # of a student
+IMAGES_SEEN, MIN_EPOCHS, MAX_EPOCHS = 3000, 10, 300  # of a student; with fewer of one image a class, chance decides
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,7 @@ def score_epochs(
                 seed=derive(seed, "teacher epoch", repeat),
                 epochs=epochs,
                 look=replace(IMAGENET_LOOK, flip=flip),
+                scorings=1,
             )
             total += train_student(job).accuracy_last
             on_student()
