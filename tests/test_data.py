@@ -289,6 +289,44 @@ def test_imagefolder_in_a_zip(tmp_path: Path) -> None:
     assert not list(tmp_path.parent.glob("escaped.png"))
 
 
+def test_imagefolder_in_a_tar_with_links(tmp_path: Path) -> None:
+    write_folders(tmp_path / "src/photos", ("train", "test"), ["a", "b"])
+    image = min((tmp_path / "src").rglob("train/a/*.png"))
+    with tarfile.open(tmp_path / "photos.tar", "w") as file:
+        file.add(tmp_path / "src/photos", "/photos")
+        hard = tarfile.TarInfo("photos/train/a/hard.png")
+        hard.type, hard.linkname = tarfile.LNKTYPE, image.relative_to(tmp_path / "src").as_posix()
+        soft = tarfile.TarInfo("photos/train/b/soft.png")
+        soft.type, soft.linkname = tarfile.SYMTYPE, f"../a/{image.name}"
+        for link in (hard, soft):
+            file.addfile(link)
+    found = load(tmp_path, "imagefolder", tmp_path / "photos.tar")
+    assert found.labels.tolist() == [0, 0, 1, 1]
+    assert (found.pixels[1] == found.pixels[0]).all() and (found.pixels[0] == found.pixels[3]).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "leads_to", "expected"),
+    [
+        ("../../escaped.png", tarfile.REGTYPE, "", "cannot be unpacked (../../escaped.png leads out of it)"),
+        ("photos/escaped.png", tarfile.SYMTYPE, "../../../escaped.png", "photos/escaped.png is neither a file, nor"),
+        ("photos/pipe", tarfile.FIFOTYPE, "", "photos/pipe is neither a file, nor"),
+        ("photos/loop", tarfile.SYMTYPE, "loop", "cannot be unpacked ("),
+    ],
+)
+def test_a_tar_that_leads_out_of_its_folder_is_refused(
+    tmp_path: Path, name: str, kind: bytes, leads_to: str, expected: str
+) -> None:
+    write_folders(tmp_path / "photos", ("train", "test"), ["a", "b"])
+    with tarfile.open(tmp_path / "photos.tar", "w") as file:
+        file.add(tmp_path / "photos", "photos")
+        member = tarfile.TarInfo(name)
+        member.type, member.linkname = kind, leads_to
+        file.addfile(member, io.BytesIO())
+    assert expected in error(tmp_path, "imagefolder", tmp_path / "photos.tar")
+    assert not list(tmp_path.rglob("escaped.png")) and not list(tmp_path.glob("cache/unpacked/*"))
+
+
 def test_parquet_of_ones_own(tmp_path: Path) -> None:
     write_shard(tmp_path / "named/train-0.parquet", [2, 0, 1], ["z", "y", "x"])
     write_shard(tmp_path / "named/valid_test-0.parquet", [0], ["z", "y", "x"])
