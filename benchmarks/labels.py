@@ -204,7 +204,7 @@ def accuracy_against_bytes(
                 network=student, protocol=labels.protocol,
                 images=TrainingImages(distilled.pixels, distilled.labels, factor=distilled.factor, views=views),
                 num_classes=test.num_classes, ipc=distilled.ipc, test=test, teachers=(observer,), device=device,
-                precision=precision, seed=seed, epochs=epochs, look=look,
+                precision=precision, seed=seed, epochs=epochs, look=look, scorings=1,
             )  # fmt: skip
             jobs = (replace(job, seed=derive(seed, "repeat", repeat)) for repeat in range(repeats))
             scores = [train_student(each).accuracy_last for each in jobs]
