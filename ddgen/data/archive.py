@@ -158,10 +158,11 @@ def _unpack_zip(archive: Path, folder: Path, cache_dir: Path) -> None:
 def _unpack_tar(archive: Path, folder: Path, cache_dir: Path) -> None:
     # A tar's contents are only known at its end; images hardly compress, so its own size is a fair guess.
     check_free_space(cache_dir, int(1.2 * archive.stat().st_size), f"unpacking {archive.name}")
+    folder = folder.resolve()
     with tarfile.open(archive) as file:
         for member in file:  # `extractall(filter="data")` would do, but Python 3.11.2, Debian's, does not know it
             target = (folder / member.name.lstrip("/")).resolve()
-            if not target.is_relative_to(folder.resolve()):
+            if not target.is_relative_to(folder):
                 raise tarfile.TarError(f"{member.name} leads out of it")
             if member.isdir():
                 target.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,7 @@ from ddgen.seeds import derive, numpy_generator
 NUM_STUDENTS = 2
 NUM_HELD_OUT = 1000
 MAX_IMAGES, MIN_CLASSES = 2000, 10  # with more images than that, a part of the classes decides
-IMAGES_SEEN, MIN_EPOCHS, MAX_EPOCHS = 3000, 10, 300  # of a student; with fewer of one image a class, chance decides
+IMAGES_SEEN, MIN_EPOCHS, MAX_EPOCHS = 3000, 10, 300  # of a student; at ipc 1, 100 epochs chose by chance
 
 
 @dataclass(frozen=True)
