@@ -37,6 +37,7 @@ from ddgen.distill.view_labels import make_views
 from ddgen.distill.views import StoredViews
 from ddgen.errors import UserError
 from ddgen.evaluation.batches import Look, TrainingImages, view_augmenter
+from ddgen.evaluation.cells import digest
 from ddgen.evaluation.protocols import RDED, STORED, Protocol
 from ddgen.evaluation.students import IMAGENET_LOOK, Job, train_student
 from ddgen.observer.observer import Observer
@@ -143,7 +144,9 @@ def measure(settings: Settings) -> int:
         batch_size=STORED.batch_size(distilled.ipc, test.num_classes, dataset=test.name, network=student),
         temperature=STORED.temperature, seed=settings.seed, device=accelerator.device, precision=precision,
     )  # fmt: skip
-    identity = {"views": views.digest, "student": student, "epochs": epochs, "repeats": settings.repeats}
+    # Of what the views are made, not of their logits, whose last bits depend on the number of threads.
+    made_of = digest(json.dumps(asdict(views.header), sort_keys=True).encode())
+    identity = {"views": made_of, "student": student, "epochs": epochs, "repeats": settings.repeats}
     points = []
     for point in accuracy_against_bytes(
         kinds_of_labels(views, observer, settings.keep_every, settings.top_k), distilled, test, observer,
@@ -176,7 +179,8 @@ def kinds_of_labels(
                 return kept if k is None else kept.keep_top(k)
 
             family = "stored views, all logits" if k is None else f"stored views, top {k}"
-            name = f"{family}, {-(-len(views.header.epochs) // every)} epochs"
+            count = -(-len(views.header.epochs) // every)
+            name = f"{family}, {count} {'epoch' if count == 1 else 'epochs'}"
             kinds.append(Labels(name, family, make().num_bytes, STORED, make))
     return [*kinds, Labels("observer, online", "observer, online", weights, RDED)]
 
