@@ -426,6 +426,25 @@ def test_the_epoch_that_teaches_best_is_chosen(monkeypatch: pytest.MonkeyPatch) 
         score_epochs(candidates, dataset, training, held_out, ipc=25, device=CPU, precision="no", seed=0, flip=True)
 
 
+@pytest.mark.parametrize(("ipc", "epochs"), [(1, 300), (10, 100), (100, 10)])
+def test_students_of_the_choice_train_for_300_epochs_or_3000_images(
+    monkeypatch: pytest.MonkeyPatch, ipc: int, epochs: int
+) -> None:
+    jobs: list[Job] = []
+
+    def note(job: Job) -> object:
+        jobs.append(job)
+        return type("Result", (), {"accuracy_last": 0.5})
+
+    monkeypatch.setattr(teacher_epoch, "train_student", note)
+    dataset = colours(130)
+    training, held_out = split_holdout(dataset, 0.2, 0)
+    candidates = {1: partial(observer_of, 1.0)}
+    score_epochs(candidates, dataset, training, held_out, ipc=ipc, device=CPU, precision="no", seed=0, flip=True)
+    assert [job.epochs for job in jobs] == [epochs] * 2
+    assert {job.scorings for job in jobs} == {1}  # only the last epoch counts
+
+
 def test_students_of_the_choice_never_see_a_held_out_image(monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = colours(30)
     training, held_out = split_holdout(dataset, 0.2, 0)
