@@ -316,8 +316,9 @@ class Study:
     def _draw(self, pool: Pool, repeat: int, guidance: float | None, classes: list[int]) -> None:
         settings = self.settings
         config = SampleConfig(
-            run_dir=str(self.run_dir), seed=derive(settings.seed, "pool", repeat), guide="none", guidance_scale=guidance
-        )
+            run_dir=str(self.run_dir), seed=derive(settings.seed, "pool", repeat), guide="none",
+            guidance_scale=guidance, torch_compile=False,  # pools are small: compiling takes longer
+        )  # fmt: skip
         if pool == "unguided":
             config = replace(config, guidance_scale=1.0)
         if pool == "autoguided" and guidance != 1:  # the guide does nothing at 1, and is refused there
@@ -358,7 +359,9 @@ def main(argv: list[str] | None = None) -> int:
         if argv is None:  # as a command
             start_asked_for_processes()
         accelerator, precision = start_accelerator(None)
-        return run(Study(settings, accelerator, precision))
+        code = run(Study(settings, accelerator, precision))
+        accelerator.end_training()
+        return code
     except UserError as error:
         print(f"study: {error}", file=sys.stderr)
         return 2
@@ -378,7 +381,9 @@ def run(study: Study) -> int:
         claims.mkdir()
     accelerator.wait_for_everyone()
     path = study.root / f"results-{accelerator.process_index}.jsonl"
-    for number, row in enumerate(tqdm(rows, desc="students", unit="student", dynamic_ncols=True)):
+    order = in_turn(rows, accelerator.process_index, accelerator.num_processes)
+    for number in tqdm(order, desc="students", unit="student", dynamic_ncols=True):
+        row = rows[number]
         if not claim(claims / str(number)):
             continue
         known = {found["images"]: found for found in read_results(study.root, identity, study.epochs).values()}
@@ -389,6 +394,20 @@ def run(study: Study) -> int:
     if accelerator.is_main_process:
         write_report(study, read_results(study.root, identity, study.epochs))
     return 0
+
+
+def in_turn(rows: list[Row], process: int, processes: int) -> list[int]:
+    """Returns the numbers of the rows in the order in which a process looks at them.
+
+    Each of several processes starts with other pools, so that few pools are scored by more than one.
+    """
+    if processes == 1:
+        return list(range(len(rows)))
+    pools = list(dict.fromkeys((row.pool, row.repeat, row.guidance) for row in rows))
+    first = process * len(pools) // processes
+    rank = {pool: (number - first) % len(pools) for number, pool in enumerate(pools)}
+    of = [rank[row.pool, row.repeat, row.guidance] for row in rows]
+    return sorted(range(len(rows)), key=of.__getitem__)
 
 
 def read_results(root: Path, identity: dict[str, Any], epochs: Callable[[int], int]) -> Done:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import resource
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ddgen.precision import fast_bf16
 from ddgen.units import readable_memory
@@ -72,6 +74,18 @@ def tune(device: torch.device) -> None:
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.deterministic = True
+
+
+def share_gpus() -> bool:
+    """Whether more processes were started on this machine than it has GPUs, so that some compute on the same one."""
+    return 0 < torch.cuda.device_count() < int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def put(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copies a tensor of host memory to a device, without waiting for what the device has still to do."""
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def peak_memory(device: torch.device) -> str:

@@ -28,7 +28,7 @@ from ddgen.config import (
 )
 from ddgen.data import ImageDataset, load_dataset, native_image_size
 from ddgen.errors import UserError
-from ddgen.hardware import tune
+from ddgen.hardware import share_gpus, tune
 from ddgen.launch import asked_for_cpu, threads_to_use
 from ddgen.observer.observer import Observer
 from ddgen.observer.realism import measure_accuracy
@@ -61,7 +61,8 @@ def start_accelerator(
     started = int(os.environ.get("WORLD_SIZE", "1"))
     # Without a GPU, accelerate takes every process that torchrun started for the only one, unless told "cpu".
     cpu = asked_for_cpu() or (started > 1 and not torch.accelerator.is_available())
-    state = PartialState(cpu=cpu, timeout=patience)
+    # NCCL refuses two processes of one GPU; accelerate gives them its GPUs in turn.
+    state = PartialState(cpu=cpu, timeout=patience, **({"backend": "gloo"} if share_gpus() and not cpu else {}))
     if state.num_processes < started:
         raise UserError(
             f"WORLD_SIZE: {started} processes were started, of which each would work alone;"

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddgen.distill.compose import cell_edges
+from ddgen.hardware import put
 
 _RATIO = (3 / 4, 4 / 3)
 _ATTEMPTS = 10
@@ -23,7 +24,7 @@ _LIGHTING_VECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0
 
 
 def _put(values: np.ndarray, like: Tensor) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(values)).to(like.device)
+    return put(torch.from_numpy(np.ascontiguousarray(values)), like.device)
 
 
 def draw_crops(rng: np.random.Generator, count: int, size: int, scale: tuple[float, float]) -> np.ndarray:

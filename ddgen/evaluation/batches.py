@@ -22,6 +22,7 @@ from ddgen.evaluation.augment import (
     shuffle_patches,
 )
 from ddgen.evaluation.protocols import Protocol
+from ddgen.hardware import put
 from ddgen.observer.networks import uses_channels_last
 from ddgen.observer.observer import to_images01
 from ddgen.precision import autocast
@@ -102,7 +103,7 @@ def stream(
     """
     for epoch in range(epochs):
         rng = numpy_generator(seed, "student", "epoch", epoch)
-        order = torch.from_numpy(rng.permutation(len(images))).to(images.pixels.device)
+        order = put(torch.from_numpy(rng.permutation(len(images))), images.pixels.device)
         for indices in order.split(batch_size):
             batch = to_images01(images.pixels[indices], images.pixels.device)
             mixed, paste, own = _augment_and_mix(batch, protocol, look, images.factor, rng)
@@ -137,7 +138,7 @@ def _augment_and_mix(
     batch = augment(images01, protocol, look, factor, rng)
     if not protocol.cutmix_alpha:
         return batch, torch.arange(len(batch), device=batch.device), 1.0
-    paste = torch.from_numpy(rng.permutation(len(batch))).to(batch.device)
+    paste = put(torch.from_numpy(rng.permutation(len(batch))), batch.device)
     mixed, own = cutmix(batch, paste, draw_cutmix(rng, batch.shape[-1], protocol.cutmix_alpha))
     return mixed, paste, own
 

@@ -26,6 +26,9 @@ from ddgen.seeds import derive
 IMAGENET_LOOK = Look((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
+LOOK_EVERY = 10  # epochs between looks at the loss, for which a GPU has to be waited for
+
+
 class Diverged(UserError):
     """The loss of a student is not finite."""
 
@@ -156,18 +159,20 @@ def train_student(job: Job, on_epoch: Callable[[int, float | None], None] | None
     with torch.random.fork_rng(devices=[job.device] if job.device.type == "cuda" else []):
         torch.manual_seed(derive(job.seed, "student", "weights"))
         learner, batches = Learner(job), make_batches(job)
+        since = time.perf_counter()
         for epoch in range(job.num_epochs):
-            epoch_started = time.perf_counter()
             learner.begin_epoch(epoch)
             for _ in range(-(-len(job.images) // job.batch_size)):
                 loss = learner.step(next(batches))
-            _check_finite(loss, job, epoch)
-            train_seconds += time.perf_counter() - epoch_started
             accuracy = None
+            if epoch + 1 in scored or (epoch + 1) % LOOK_EVERY == 0:
+                _check_finite(loss, job, epoch)
             if epoch + 1 in scored:
+                train_seconds += time.perf_counter() - since
                 scores = learner.score()
                 accuracy = scores.top1
                 curve.append((epoch + 1, accuracy))
+                since = time.perf_counter()
             if on_epoch is not None:
                 on_epoch(epoch + 1, accuracy)
     return StudentResult(

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from ddgen.config import ObserverConfig
 from ddgen.data import ImageDataset, split_holdout
 from ddgen.errors import UserError
+from ddgen.hardware import put
 from ddgen.observer.epochs import EpochLog, kept_epochs, true_class_probabilities
 from ddgen.observer.networks import build_network, uses_channels_last
 from ddgen.observer.observer import Observer, Triple
@@ -175,10 +176,10 @@ def augment(pixels: Tensor, indices: Tensor, generator: torch.Generator, *, flip
     columns = torch.where(mirrored, columns.flip(1), columns)
     # Reading (b, h, w, c) and permuting gives channels-last memory, which the batch-norm networks train fastest in.
     return pixels[
-        indices.to(device)[:, None, None, None],
+        put(indices, device)[:, None, None, None],
         torch.arange(channels, device=device),
-        rows.to(device)[:, :, None, None],
-        columns.to(device)[:, None, :, None],
+        put(rows, device)[:, :, None, None],
+        put(columns, device)[:, None, :, None],
     ].permute(0, 3, 1, 2)
 
 
@@ -361,7 +362,7 @@ def _step(run: _Run, state: _State, pixels: Tensor, step: int) -> Tensor:
     torch.manual_seed(derive(run.seed, "observer-dropout", step))
     batch = augment(pixels, indices, torch_generator(run.seed, "observer-augment", step), flip=run.flip)
     images = batch.to(run.device).float().div_(255)
-    labels = run.dataset.labels[indices].to(run.device)
+    labels = put(run.dataset.labels[indices], run.device)
     for group in optimizer.param_groups:
         group["lr"] = one_cycle(step, run.num_steps, run.config.observer_learning_rate)
     with autocast(run.device, run.precision):
