@@ -1,4 +1,4 @@
-"""What `accelerate launch` leaves undone on a CPU."""
+"""What `accelerate launch` leaves undone: processes and threads on a CPU, processes that share a GPU."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from ddgen import launch
+from ddgen import hardware, launch
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = """
@@ -53,3 +54,14 @@ def test_outside_accelerate_nothing_is_changed(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     assert launch.threads_to_use() is None
     assert launch._launcher_options() == []
+
+
+@pytest.mark.parametrize(("gpus", "processes", "expected"), [(0, 4, False), (2, 2, False), (1, 2, True), (2, 3, True)])
+def test_more_processes_than_gpus_share_them(
+    gpus: int, processes: int, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert hardware.share_gpus() is expected
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")  # started alone
+    assert hardware.share_gpus() is False

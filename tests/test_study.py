@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 
 from benchmarks import study
-from benchmarks.study import FIGURES, Row, Settings, Study, pool_name, read_results, table, write_report
+from benchmarks.study import FIGURES, Row, Settings, Study, in_turn, pool_name, read_results, table, write_report
 from ddgen.errors import UserError
 
 IDENTITY = {"seed": 0, "ipcs": (1, 2)}  # a tuple is a list in the file
@@ -88,3 +88,16 @@ def test_the_command_starts_the_processes_it_was_launched_with(
     monkeypatch.setattr("sys.argv", ["study.py"])
     assert study.main() == 2
     assert "study: two processes" in capsys.readouterr().err
+
+
+def test_processes_begin_with_different_pools_and_all_look_at_every_row() -> None:
+    rows = [
+        Row(pool, rule, "online", 10, repeat)  # type: ignore[arg-type]
+        for repeat in (0, 1) for rule in ("realism", "random") for pool in ("crops", "autoguided")
+    ]  # fmt: skip
+    assert in_turn(rows, 0, 1) == list(range(8))
+    orders = [in_turn(rows, process, 4) for process in range(4)]
+    assert all(sorted(order) == list(range(8)) for order in orders)
+    pools = [[(rows[number].pool, rows[number].repeat) for number in order] for order in orders]
+    assert len({pool for pool, *_ in pools}) == 4
+    assert all(pool[0::2] == pool[1::2] for pool in pools)  # done with a pool before another is scored
