@@ -155,6 +155,8 @@ class Study:
             raise UserError(
                 f"--epochs: {len(settings.epochs)} numbers for {len(settings.ipcs)} --ipcs; give one for each"
             )
+        if settings.pool_size < max(settings.ipcs):
+            raise UserError(f"--pool_size {settings.pool_size}: --ipcs ask for {max(settings.ipcs)} of a class")
         self.settings, self.accelerator, self.precision = settings, accelerator, precision
         self.run_dir, _ = find_run(settings.run_dir)
         config = read_run_config(self.run_dir)
@@ -349,6 +351,11 @@ def pool_name(settings: Settings, pool: Pool, repeat: int, guidance: float | Non
 
 def _whole(train: ImageDataset, count: int, seed: int) -> list[Tensor]:
     members = train.indices_by_class()
+    fewest = min(map(len, members))
+    if fewest < count:
+        raise UserError(
+            f"--pool_size {count}: a class has {fewest} real images; give no more, or leave out --pools whole"
+        )
     return [train.pixels[m[select_random(len(m), count, seed, label)]] for label, m in enumerate(members)]
 
 
@@ -415,7 +422,10 @@ def read_results(root: Path, identity: dict[str, Any], epochs: Callable[[int], i
     done: Done = {}
     for path in sorted(root.glob("results-*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():
-            values = json.loads(line)
+            try:
+                values = json.loads(line)
+            except ValueError:  # cut off where a process was killed: measured again
+                continue
             if values.pop("identity") == json.loads(json.dumps(identity)):
                 row = Row(**{field.name: values.pop(field.name) for field in fields(Row) if field.name in values})
                 if values["epochs"] == epochs(row.ipc):

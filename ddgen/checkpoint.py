@@ -100,9 +100,20 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
+class DamagedJson(UserError, ValueError):
+    """A file that should be JSON is not."""
+
+
 def read_json(path: Path) -> Any:
-    """Reads what `write_json` wrote."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Reads what `write_json` wrote.
+
+    Raises:
+        DamagedJson: It was cut off, or edited wrongly.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DamagedJson(f"{path} is damaged, not readable as JSON ({error}); bring back a whole copy") from None
 
 
 def remove_leftovers(folder: Path) -> None:

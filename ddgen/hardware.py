@@ -7,6 +7,8 @@ import platform
 import re
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -74,6 +76,17 @@ def tune(device: torch.device) -> None:
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.deterministic = True
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Has float32 products computed in float32, not in TF32, on a GPU as on a CPU."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def share_gpus() -> bool:

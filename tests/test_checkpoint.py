@@ -7,7 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from ddgen.checkpoint import atomic_dir, checkpoint_dir, latest_checkpoint, prune_checkpoints, write_bytes, write_json
+from ddgen.checkpoint import (
+    atomic_dir,
+    checkpoint_dir,
+    latest_checkpoint,
+    prune_checkpoints,
+    read_json,
+    write_bytes,
+    write_json,
+)
+from ddgen.errors import UserError
 
 
 def test_a_folder_appears_only_when_it_is_complete(tmp_path: Path) -> None:
@@ -108,3 +117,12 @@ def test_latest_and_pruning_go_by_step_and_ignore_unfinished_ones(tmp_path: Path
     assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000900", "step-00001000"]
     prune_checkpoints(tmp_path, 0)
     assert [p.name for p in tmp_path.glob("step-*")] == ["step-00001000"]
+
+
+@pytest.mark.parametrize("content", [b'{"step": 1', b"\xff\xfe"])
+def test_damaged_json_is_one_line_that_names_the_file(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"state\.json is damaged, not readable as JSON") as found:
+        read_json(path)
+    assert isinstance(found.value, ValueError)  # what is caught where damage is expected

@@ -161,7 +161,7 @@ def test_sample_keeps_by_a_rule_and_makes_grids(own_run: Path, tmp_path: Path) -
     assert dataset.factor == 2 and dataset.pixels.shape == (6, 3, 16, 16)
     selection = dataset.provenance["selection"]
     assert selection["rule"] == "diverse-realism" and selection["candidates"] == 3 * 2 * 4 * 4
-    assert selection["images_per_class"] == [8, 8] and 0 <= selection["table"]["kept"]["coverage"] <= 1
+    assert selection["kept_per_class"] == [8, 8] and 0 <= selection["table"]["kept"]["coverage"] <= 1
     assert "](selection.png)" in (tmp_path / "grids" / "README.md").read_text()
 
 

@@ -25,11 +25,11 @@ from ddgen.evaluation.baselines import random_real
 from ddgen.evaluation.batches import TrainingImages
 from ddgen.evaluation.evaluate import evaluate
 from ddgen.evaluation.figure import draw_accuracy
-from ddgen.evaluation.protocols import HARD, RDED, Protocol
+from ddgen.evaluation.protocols import ECCV2024_TRACK1, HARD, RDED, Protocol
 from ddgen.evaluation.report import Results, format_table, write_results
 from ddgen.evaluation.request import Request
 from ddgen.evaluation.rows import Row
-from ddgen.evaluation.students import Job, StudentResult, train_student
+from ddgen.evaluation.students import IMAGENET_LOOK, Job, StudentResult, train_student
 from ddgen.observer.networks import build_network
 from ddgen.observer.observer import Observer
 
@@ -121,6 +121,15 @@ def test_shuffled_patches_are_the_same_patches() -> None:
         assert {tuple(shuffled[r : r + 4, c : c + 4].flatten().tolist()) for r in (0, 4) for c in (0, 4)} == patches
         seen.add(tuple(shuffled.flatten().tolist()))
     assert len(seen) == 4  # columns swapped or not, rows swapped or not
+
+
+def test_only_recipes_that_shuffle_touch_the_patches_of_composed_images() -> None:
+    images = torch.rand(6, 3, 8, 8)
+    look = replace(IMAGENET_LOOK, flip=False)
+    for recipe in (RDED.without_augmentation(), replace(ECCV2024_TRACK1, dsa=())):
+        assert torch.equal(batches.augment(images, recipe, look, 2, rng()), images)
+    whole = replace(RDED.without_augmentation(), shuffle=True)
+    assert not torch.equal(batches.augment(images, whole, look, 2, rng()), images)
 
 
 def test_color_jitter_of_grey_images_stays_grey_and_bounded() -> None:

@@ -552,6 +552,7 @@ def test_stored_labels_from_the_first_command_to_the_last(
         (["--top_k", "3"], "--top_k 3: there are 3 classes; give fewer"),
         (["--shrink", "--top_k", "1"], "no stored views; make them with ddgen label"),
         (["--views", "0"], "--views 0: give 1 or more"),
+        (["--run_dir", "none"], "--dataset: not set"),  # outside a run nothing says whether views may be mirrored
     ],
 )
 def test_impossible_labels_are_one_line(
@@ -564,7 +565,11 @@ def test_impossible_labels_are_one_line(
         class_names=("0", "1", "2"),
     )  # fmt: skip
     distilled.save(tmp_path / "d")
-    args = ["--run_dir", str(run_dir), "--distilled_dir", str(tmp_path / "d"), "--mixed_precision", "no"]
+    args = ["--distilled_dir", str(tmp_path / "d"), "--mixed_precision", "no"]
+    if extra == ["--run_dir", "none"]:
+        extra = ["--observer", str(run_dir / "observer")]
+    else:
+        args += ["--run_dir", str(run_dir)]
     assert cli.main(["label", *args, *extra]) == 2
     assert expected in complaint(capsys)
     assert not (tmp_path / "d" / VIEWS_PATH).exists()

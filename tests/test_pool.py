@@ -28,7 +28,7 @@ from PIL import Image
 from safetensors.torch import load_file, save
 from test_scale import ROOT, finish, free_port
 
-from ddgen.commands.candidates import Candidates
+from ddgen.commands.candidates import SamplingWork
 from ddgen.config import SampleConfig
 from ddgen.distill import filling, progress
 from ddgen.distill.batching import FIRST_SIZE, BatchSizes, Budget, HostMemory
@@ -101,7 +101,7 @@ def candidates(folder: Path, source: CandidateSource, accelerator: Accelerator |
     settings = {"ipc": 2, "sample_batch_size": 4, "selection": "realism"} | settings
     clock = Clock(now=(lambda: source.time.now) if isinstance(source, Source) else None)
     accelerator = accelerator or Accelerator(cpu=True)
-    return Candidates(SampleConfig(**settings), source, score, {"observer": "dark"}, folder, accelerator, clock)
+    return SamplingWork(SampleConfig(**settings), source, score, {"observer": "dark"}, folder, accelerator, clock)
 
 
 def select(folder: Path, source: Source, accelerator: Accelerator | None = None, **settings: Any) -> list[Any]:

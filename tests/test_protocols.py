@@ -180,7 +180,7 @@ def test_without_augmentation_only_augmentation_differs() -> None:
     assert plain.name == "hard-plain" and plain.crop_scale(2) == (1.0, 1.0)
     assert (plain.cutmix_alpha, plain.flip, plain.color_jitter, plain.lighting_std, plain.dsa) == (0, False, 0, 0, ())
     back = replace(
-        plain, name="hard", title=HARD.title, cutmix_alpha=1.0, flip=True, min_crop=0.5, color_jitter=0.4,
+        plain, name="hard", title=HARD.title, cutmix_alpha=1.0, flip=True, shuffle=True, min_crop=0.5, color_jitter=0.4,
         lighting_std=0.1,
     )  # fmt: skip
     assert back == HARD
@@ -249,3 +249,8 @@ def test_missing_file_and_missing_keys(tmp_path: Path) -> None:
     (tmp_path / "few.yaml").write_text("name: few\nlabels: hard\n")
     with pytest.raises(UserError, match=r"title, source, norm, optimizer, .* not stated"):
         get_protocol(str(tmp_path / "few.yaml"))
+
+
+def test_stored_views_have_no_plain_recipe() -> None:
+    with pytest.raises(UserError, match="--protocols stored-plain: stored views are augmented already"):
+        get_protocol("stored-plain")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from ddgen.evaluation.evaluate import make_sources
 from ddgen.evaluation.request import Request
 from ddgen.evaluation.sources import Source, baseline_sources
 from ddgen.evaluation.students import Job, StudentResult, train_student
+from ddgen.observer.epochs import epoch_dir
 from ddgen.observer.networks import Classifier
 from ddgen.observer.observer import Observer, predict_both, predict_pixels, to_images01
 from ddgen.observer.realism import REAL_IMAGES, real_class_scores, realism_scores
@@ -434,7 +436,7 @@ def test_the_command_writes_a_dataset_that_evaluate_reads(
     assert distilled.factor == 2 and distilled.provenance["source"] == "real"
     assert len(set(distilled.indices[:3].tolist())) == 3
     selection = distilled.provenance["selection"]
-    assert selection["candidates"] == 60 and selection["crops"] == 300 and selection["images_per_class"] == [12, 12]
+    assert selection["candidates"] == 60 and selection["crops"] == 300 and selection["kept_per_class"] == [12, 12]
     assert selection["mean_realism_loss_kept"] < selection["mean_realism_loss_pool"]
     # the labels are of the grids, not of the crops
     known = Observer.load(digits_observer)
@@ -455,6 +457,39 @@ def test_the_command_writes_a_dataset_that_evaluate_reads(
     forget_accelerator()
     assert cli.main(["evaluate", *DIGITS, *evaluate, "--repeats", "2", "--output_dir", str(tmp_path / "scores")]) == 2
     assert "students that are trained already stay" in capsys.readouterr().err
+
+
+def test_the_next_command_it_names_runs(
+    digits_observer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], forget_accelerator: Callable[[], None]
+) -> None:
+    assert run(digits_observer, tmp_path / "two", "--ipc", "2") == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("next:")]
+    words = shlex.split(line.removeprefix("next:"))
+    assert words[:2] == ["python", "evaluate.py"]
+    forget_accelerator()
+    assert cli.main(["evaluate", *words[2:], "--mixed_precision", "no", "--dry_run"]) == 0
+    assert "dry run: convnet2 x rded, hard x 3" in capsys.readouterr().out
+
+
+def test_an_observer_alone_is_a_run_and_several_label_together(
+    digits_observer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ["distill", "--run_dir", digits_observer, "--ipc", "2", "--mipc", "20", "--mixed_precision", "no"]
+    path, early = tmp_path / "alone", epoch_dir(Path(digits_observer), 1)
+    assert cli.main([*settings, "--output_dir", str(path)]) == 0
+    assert f"evaluate.py --distilled_dir {path} --run_dir {digits_observer}" in capsys.readouterr().out
+    alone, known, young = DistilledDataset.load(path), Observer.load(digits_observer), Observer.load(early)
+    with torch.no_grad():
+        said = [observer(alone.pixels / 255).softmax(1) for observer in (known, young)]
+    for name, extra, expected in (
+        ("both", ["--observer", digits_observer, str(early)], (said[0] + said[1]) / 2),
+        ("early", ["--teacher_epoch", "1"], said[1]),
+    ):
+        assert cli.main([*settings, *extra, "--output_dir", str(tmp_path / name)]) == 0
+        found = DistilledDataset.load(tmp_path / name)
+        assert torch.equal(found.pixels, alone.pixels)  # ranked by the same
+        torch.testing.assert_close(found.soft_labels, expected.half(), rtol=0, atol=2e-3)
+        assert not torch.equal(found.soft_labels, alone.soft_labels)
 
 
 def test_the_baseline_is_what_the_command_makes(digits_observer: str, tmp_path: Path) -> None:

@@ -274,7 +274,7 @@ def test_the_report_by_hand() -> None:
     classes = [report_class(first, torch.tensor([1, 0])), report_class(second, torch.tensor([0, 1]))]
     report = SelectionReport("middle", ("cat", "dog"), classes)  # of the second none is named: predicted is 0
     found = report.to_dict()
-    assert found["rule"] == "middle" and found["candidates"] == 5 and found["images_per_class"] == [2, 2]
+    assert found["rule"] == "middle" and found["candidates"] == 5 and found["kept_per_class"] == [2, 2]
     assert found["mean_realism_loss_kept"] == pytest.approx((0.2 + 1.5) / 2)
     assert found["mean_realism_loss_pool"] == pytest.approx((0.4 + 1.5) / 2)
     assert found["class_named_kept"] == 0.5 and found["class_named_pool"] == pytest.approx((2 / 3 + 0) / 2)

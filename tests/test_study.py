@@ -34,6 +34,9 @@ def test_only_students_of_the_wanted_epochs_count_whichever_process_wrote_them(t
         assert found.pop(guided, None) == ({"epochs": 30, "accuracy": 0.2} if epochs == 30 else None)
         assert found == {row: {"epochs": epochs, "accuracy": accuracy}}
     assert read_results(tmp_path, IDENTITY, lambda ipc: 7) == {}
+    with open(tmp_path / "results-1.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"identity": {"se')  # killed while writing
+    assert set(read_results(tmp_path, IDENTITY, lambda ipc: 300)) == {row}
 
 
 def test_a_pool_is_of_everything_that_its_images_depend_on() -> None:

@@ -27,7 +27,7 @@ PREVIEW_NAME, PROBED_NAME = "preview.png", "probed.json"
 
 
 @dataclass
-class Candidates:
+class SamplingWork:
     """The work of ``sample``: candidates are made, ranked and, but for the kept ones, thrown away.
 
     Attributes:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +20,20 @@ from ddgen.commands.runs import (
     data_of_run,
     dataset_name,
     find_run,
-    held_out_accuracy,
     load_on_all,
+    observer_dir,
     start_accelerator,
 )
-from ddgen.config import DistillConfig
+from ddgen.commands.teachers import check_teachers, load_teachers
+from ddgen.config import DataConfig, DistillConfig
 from ddgen.data import ImageDataset
 from ddgen.distill.dataset import DistilledDataset
 from ddgen.distill.rded import CropPlan, plan_crops, rank_class
-from ddgen.distill.relabel import soft_labels
+from ddgen.distill.relabel import describe_teachers, relabel, soft_labels
 from ddgen.distill.selection_report import ClassReport, SelectionReport, compared_classes, report_class
 from ddgen.errors import UserError
 from ddgen.observer.observer import Observer
-from ddgen.observer.realism import check_observer, real_class_scores, realism_scores
+from ddgen.observer.realism import real_class_scores, realism_scores
 
 
 def distill(config: DistillConfig) -> int:
@@ -41,10 +45,13 @@ def distill(config: DistillConfig) -> int:
     if accelerator.num_processes > 1:
         raise UserError(f"distill runs in one process, not {accelerator.num_processes}: start it with python -m ddgen")
     dataset = load_on_all(accelerator, data, "train")
-    observer = _observer(config, run_dir, dataset)
-    if observer.accuracy is None:
-        observer.accuracy = held_out_accuracy(observer, data, accelerator, precision)
-    check_observer(observer, dataset.class_names)
+    sources = _observers(config, run_dir, dataset.name)
+    load = partial(
+        load_teachers, sources, dataset.class_names, ipc=config.ipc, data=data, accelerator=accelerator,
+        precision=precision,
+    )  # fmt: skip
+    observers = load(None)
+    check_teachers(observers, data, accelerator, precision)
     if config.factor > dataset.image_size // 4:
         raise UserError(f"--factor {config.factor}: crops of {dataset.image_size} px images would be under 4 pixels")
     members = dataset.indices_by_class()
@@ -53,10 +60,15 @@ def distill(config: DistillConfig) -> int:
     if config.dry_run:
         print(f"dry run: {crops:,} crops of {sum(len(plan.numbers) for plan in plans):,} real images -> {output_dir}")
         return 0
+    teachers = observers
+    if config.teacher_epoch is not None:
+        teachers = load(config.teacher_epoch)
+        check_teachers(teachers, data, accelerator, precision)
     started = time.perf_counter()
-    kept = _keep(config, dataset, observer, members, plans, accelerator.device, precision)
+    kept = _keep(config, dataset, observers[0], members, plans, accelerator.device, precision)
     report = SelectionReport(config.selection, dataset.class_names, [one.report for one in kept])
-    distilled = _distilled(config, dataset, observer, kept, report, crops, accelerator.device, precision)
+    labelled_by = (observers[0], teachers)
+    distilled = _distilled(config, dataset, *labelled_by, kept, report, crops, accelerator.device, precision)
     seconds = {"cropping, ranking and relabelling": time.perf_counter() - started}
     distilled.provenance.update(seconds=seconds, made_with=made_with(accelerator, precision))
     distilled.save(output_dir, overwrite=config.overwrite, selection_png=report.draw())
@@ -65,7 +77,7 @@ def distill(config: DistillConfig) -> int:
     print(f"distilled dataset: {output_dir}")
     print(f"preview:           {output_dir / 'preview.png'}")
     print(f"selection:         {output_dir / 'selection.png'}")
-    print(f"next:              python evaluate.py --distilled_dir {output_dir}")
+    print(f"next:              {_next(config, run_dir, output_dir, sources)}")
     return 0
 
 
@@ -82,7 +94,7 @@ def _run(config: DistillConfig) -> Path | None:
     """Returns the run whose data and observer are used, or None where both are given."""
     if config.run_dir is None and config.data.dataset is not None:
         return None
-    run_dir, chosen = find_run(config.run_dir)
+    run_dir, chosen = find_run(config.run_dir, with_generator=False)
     print(f"run: {run_dir} ({chosen})")
     return run_dir
 
@@ -95,14 +107,31 @@ def _output_dir(config: DistillConfig, run_dir: Path | None, name: str) -> Path:
     return output_dir
 
 
-def _observer(config: DistillConfig, run_dir: Path | None, dataset: ImageDataset) -> Observer:
-    source = config.observer or (run_dir / "observer" if run_dir is not None else None)
-    if source is None:
+def _observers(config: DistillConfig, run_dir: Path | None, name: str) -> list[str]:
+    if config.observer:
+        return list(config.observer)
+    if run_dir is None:
         raise UserError(
-            f"--observer: not set; train one with python -m ddgen observer --dataset {dataset.name}, "
-            "or name a run by --run_dir"
+            f"--observer: not set; train one with python -m ddgen observer --dataset {name}, or name a run by --run_dir"
         )
-    return Observer.load(source, dataset.class_names)
+    return [str(observer_dir(run_dir))]
+
+
+def _next(config: DistillConfig, run_dir: Path | None, output_dir: Path, observers: Sequence[str]) -> str:
+    """Returns the command that scores the images; outside a run it has to be told what a run knows."""
+    words = ["python", "evaluate.py", "--distilled_dir", str(output_dir)]
+    if run_dir is not None:
+        inside = output_dir.parent.resolve() == (run_dir / "distilled").resolve()
+        return shlex.join(words if inside else [*words, "--run_dir", str(run_dir)])
+    default, data = DataConfig(), config.data
+    given = {name: value for name, value in vars(data).items() if value != getattr(default, name)}
+    for name, value in given.items():
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no_{name}")
+        else:
+            words += [f"--{name}", str(value)]
+    words += ["--observer", *observers, "--output_dir", f"{output_dir}-evaluation"]
+    return shlex.join(words)
 
 
 def _plans(config: DistillConfig, dataset: ImageDataset, members: list[Tensor]) -> list[CropPlan]:
@@ -168,6 +197,7 @@ def _distilled(
     config: DistillConfig,
     dataset: ImageDataset,
     observer: Observer,
+    teachers: Sequence[Observer],
     kept: list[_Kept],
     report: SelectionReport,
     num_crops: int,
@@ -175,18 +205,22 @@ def _distilled(
     precision: str,
 ) -> DistilledDataset:
     """Relabels the images as they now are: grids are other images than the crops that were ranked."""
-    pixels = torch.cat([one.pixels for one in kept])
+    pixels, temperature = torch.cat([one.pixels for one in kept]), config.soft_label_temperature
     labels = torch.arange(dataset.num_classes).repeat_interleave(config.ipc)
     scores = realism_scores(observer, pixels, labels, batch_size=256, device=device, precision=precision)
+    if [teacher.fingerprint for teacher in teachers] == [observer.fingerprint]:  # it has said already what it sees
+        soft = soft_labels(scores.logits, temperature)
+    else:
+        soft = relabel(teachers, pixels, temperature=temperature, batch_size=256, device=device, precision=precision)
     return DistilledDataset(
         pixels=pixels,
         labels=labels,
-        soft_labels=soft_labels(scores.logits, config.soft_label_temperature),
+        soft_labels=soft,
         realism=scores.loss,
         seeds=torch.full((len(labels),), config.seed),
         indices=torch.cat([one.indices for one in kept]),
         class_names=dataset.class_names,
-        provenance=_provenance(config, dataset, observer, report, num_crops, precision),
+        provenance=_provenance(config, dataset, observer, teachers, report, num_crops, precision),
     )
 
 
@@ -194,6 +228,7 @@ def _provenance(
     config: DistillConfig,
     dataset: ImageDataset,
     observer: Observer,
+    teachers: Sequence[Observer],
     report: SelectionReport,
     num_crops: int,
     precision: str,
@@ -210,6 +245,7 @@ def _provenance(
         "command": command_line(),
         "seed": config.seed,
         "observer_fingerprint": observer.fingerprint,
+        "teacher_fingerprints": [teacher.fingerprint for teacher in teachers],
         "selection": report.to_dict() | {"crops": num_crops},
         "recipe": {
             "images": "crops of real training images (RDED)",
@@ -219,6 +255,7 @@ def _provenance(
             "crops of each": config.num_crop,
             "selection": rule,
             "observer": f"{observer.network}, {observer.accuracy:.1%} on held-out real images",
+            "soft labels": describe_teachers(teachers),
             "soft label temperature": config.soft_label_temperature,
             "precision": precision,
             "seed": config.seed,

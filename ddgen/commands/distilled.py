@@ -131,9 +131,10 @@ def selection_facts(config: SampleConfig, classes: Sequence[SelectedClass]) -> d
 
 def kept_line(dataset: DistilledDataset) -> str:
     """Says how much was kept and how it compares with the rest."""
-    facts = dataset.provenance["selection"]
+    facts, pieces = dataset.provenance["selection"], dataset.factor**2
+    of_what = "" if pieces == 1 else f", {pieces} in each of {len(dataset):,} images"
     return (
-        f"kept {len(dataset):,} of {facts['candidates']:,} candidates: mean realism loss"
+        f"kept {len(dataset) * pieces:,} of {facts['candidates']:,} candidates{of_what}: mean realism loss"
         f" {facts['mean_realism_loss_kept']:.3f} (pool {facts['mean_realism_loss_pool']:.3f}); the observer names the"
         f" class of {facts['class_named_kept']:.1%} (pool {facts['class_named_pool']:.1%})"
     )

@@ -9,7 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from ddgen.commands.evaluate import default_student, which_dataset
-from ddgen.commands.runs import data_of_run, observer_dir, start_accelerator
+from ddgen.commands.runs import data_of_run, dataset_name, observer_dir, start_accelerator
 from ddgen.commands.teachers import check_teachers, load_teachers
 from ddgen.config import LabelConfig
 from ddgen.distill.dataset import DistilledDataset, update_views
@@ -67,6 +67,8 @@ def _made(
 ) -> StoredViews | None:
     """Draws and labels views; None where that is only to be said."""
     data = data_of_run(config.data, run_dir)
+    if run_dir is None and data.random_flip is None:
+        dataset_name(data)  # says whether views may be mirrored
     num_classes = len(distilled.class_names)
     if config.top_k is not None and config.top_k >= num_classes:
         raise UserError(f"--top_k {config.top_k}: there are {num_classes} classes; give fewer, or leave it out")

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from safetensors.torch import save
 
 from ddgen.checkpoint import write_bytes
-from ddgen.commands.candidates import PREVIEW_NAME, Candidates, cuda_wait
+from ddgen.commands.candidates import PREVIEW_NAME, SamplingWork, cuda_wait
 from ddgen.commands.distilled import (
     best_rejected,
     build_dataset,
@@ -86,7 +86,7 @@ def _sample(config: SampleConfig, run_dir: Path, output_dir: Path, accelerator: 
     with clock("loading"):
         source = candidate_source(config, run_dir, accelerator, precision)
         observer = _observer(config, run_dir, source, accelerator, precision)
-        work = Candidates(
+        work = SamplingWork(
             config=config,
             source=source,
             score=partial(
@@ -167,7 +167,7 @@ def _real_scores(
     return scores
 
 
-def _first_lines(work: Candidates, observer: Observer, output_dir: Path, precision: str) -> dict[str, str]:
+def _first_lines(work: SamplingWork, observer: Observer, output_dir: Path, precision: str) -> dict[str, str]:
     """Returns what is about to happen, one fact a line."""
     source, device, processes = work.source, work.accelerator.device, work.accelerator.num_processes
     one = "1 process" if processes == 1 else f"{processes} processes"
@@ -190,14 +190,14 @@ def _how_many(config: SampleConfig, num_classes: int) -> str:
     return f"{count * num_classes:,}: {config.ipc:,} of {count:,} kept in each class"
 
 
-def _already_there(work: Candidates) -> str:
+def _already_there(work: SamplingWork) -> str:
     stored = work.pool.num_stored()
     text = f"{'pool':<12}{work.pool_dir}"
     return text + (f", {stored:,} candidates are there already" if stored else "")
 
 
 def _finish(
-    work: Candidates,
+    work: SamplingWork,
     counts: list[int],
     observer: Observer,
     teachers: Sequence[Observer],

@@ -161,8 +161,11 @@ class DistillConfig:
     run_dir: str | None = None
     """The training run whose data and observer are used. Default: the newest under runs/, unless --dataset is given."""
     data: DataConfig = field(default_factory=DataConfig)
-    observer: str | None = None
-    """Observer folder or hub id. Default: the run's."""
+    observer: tuple[str, ...] | None = None
+    """Observer folders or hub ids: the first ranks, all label, their probabilities averaged. Default: the run's."""
+    teacher_epoch: int | Literal["auto"] | None = None
+    """Label with the observer as it was after this epoch; `auto`: the kept epoch that teaches students of this ipc
+    best, on held-out training images. Default: fully trained."""
     ipc: int = 10
     """Images per class to keep."""
     factor: int = 1

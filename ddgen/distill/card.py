@@ -151,12 +151,13 @@ def _introduction(facts: CardFacts) -> str:
 def _origin(facts: CardFacts) -> str:
     rule = (facts.provenance.get("selection") or {}).get("rule", "realism")
     kept = "kept the most realistic of each class" if rule == "realism" else f"chose by the rule {rule}"
+    factor = facts.provenance.get("factor", 1)
     if not _is_real(facts):
+        label = "gave each a soft label" if factor == 1 else f"gave each image, a grid of {factor**2}, a soft label"
         return (
             f"{_maker(facts)} generated many candidates; an observer, a classifier trained on the real images, "
-            f"{kept} and gave each a soft label."
+            f"{kept} and {label}."
         )
-    factor = facts.provenance.get("factor", 1)
     each = "Each is a crop of a real image" if factor == 1 else f"Each shows {factor**2} crops of real images"
     return (
         f"{each} (RDED, Sun et al., CVPR 2024). Of many crops an observer, a classifier trained on the real images, "
@@ -210,6 +211,8 @@ def _numbering(facts: CardFacts) -> str:
             "`index` numbers the crop, or the\n"
             "first of a grid, within its class: image times crops per image plus crop."
         )
+    if facts.provenance.get("factor", 1) > 1:
+        return "`seed` and `index` name the\ncandidate in the first cell of the grid."
     return "`seed` and `index` name the candidate: with\nthem the generator makes the same image again."
 
 

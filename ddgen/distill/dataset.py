@@ -25,7 +25,7 @@ from safetensors.torch import load, save
 from tqdm import tqdm
 
 from ddgen import __version__
-from ddgen.checkpoint import atomic_dir, read_json, write_bytes, write_json
+from ddgen.checkpoint import DamagedJson, atomic_dir, read_json, write_bytes, write_json
 from ddgen.distill.card import CardFacts, render_card, with_results, with_views
 from ddgen.distill.preview import draw_preview
 from ddgen.errors import UserError
@@ -299,8 +299,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise UserError(f"--distilled_dir {path}: no manifest.json there; give a folder that sample.py wrote")
     try:
         manifest = read_json(manifest_path)
-    except json.JSONDecodeError as error:
-        raise UserError(f"--distilled_dir {path}: manifest.json is damaged ({error}); make the dataset again") from None
+    except DamagedJson as error:
+        raise UserError(f"--distilled_dir: {error}, or make the dataset again") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(
             f"--distilled_dir {path}: manifest.json is not a distilled dataset's; give a folder that sample.py wrote"

@@ -19,6 +19,7 @@ from ddgen.data import ImageDataset
 from ddgen.distill.compose import compose
 from ddgen.distill.select import Candidates, select
 from ddgen.errors import UserError
+from ddgen.hardware import exact_products
 from ddgen.observer.observer import Observer, predict_both, to_images01
 from ddgen.observer.realism import RealismScores, scores_of
 from ddgen.seeds import numpy_generator
@@ -226,9 +227,10 @@ def crop(pixels: Tensor, boxes: Tensor, side: int) -> Tensor:
     rows = _weights(boxes[:, 0], boxes[:, 2], side, size)  # (b * c, p, s)
     columns = _weights(boxes[:, 1], boxes[:, 2], side, size)
     images = pixels.float().permute(0, 2, 1, 3).reshape(b, size, 3 * size)  # rows of all channels side by side
-    low = torch.bmm(rows.view(b, c * side, size), images)  # (b, c * p, 3 * s)
-    low = low.view(b * c, side * 3, size)
-    out = torch.bmm(low, columns.transpose(1, 2)).view(b * c, side, 3, side)
+    with exact_products():  # in TF32 one pixel in fifty would be rounded otherwise
+        low = torch.bmm(rows.view(b, c * side, size), images)  # (b, c * p, 3 * s)
+        low = low.view(b * c, side * 3, size)
+        out = torch.bmm(low, columns.transpose(1, 2)).view(b * c, side, 3, side)
     return out.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 1, 3).contiguous()
 
 

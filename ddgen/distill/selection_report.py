@@ -125,7 +125,7 @@ class SelectionReport:
             "class_named_kept": self._mean("kept", "class_named"),
             "class_named_least": named[worst],
             "class_named_least_class": self.class_names[worst],
-            "images_per_class": [min(counts), max(counts)],
+            "kept_per_class": [min(counts), max(counts)],
             "compared_classes": sum("real" in one.losses for one in self.classes),
             "table": {
                 title: {figure: self._mean(name, figure) for figure in _FIGURES}
@@ -137,7 +137,7 @@ class SelectionReport:
     def lines(self) -> list[str]:
         """Returns the figures as a table for people."""
         found = self.to_dict()
-        low, high = found["images_per_class"]
+        low, high = found["kept_per_class"]
         lines = [f"selection {self.rule:<16}   mean loss  class named  distance  coverage"]
         for name, row in found["table"].items():
             lines.append(
@@ -145,7 +145,7 @@ class SelectionReport:
                 f"{_number(row['distance'], '10.2f')}{_number(row['coverage'], '10.1%')}"
             )
         lines.append(
-            f"  {low if low == high else f'{low} to {high}'} of each class; fewest named rightly:"
+            f"  {low if low == high else f'{low} to {high}'} kept of each class; fewest named rightly:"
             f" {found['class_named_least']:.1%} of {found['class_named_least_class']}"
         )
         return lines

@@ -23,6 +23,7 @@ from ddgen.distill.selection_report import ClassReport, report_class
 from ddgen.errors import UserError
 from ddgen.observer.realism import RealismScores
 
+FORMAT = 1  # raise it when the same settings would keep other candidates
 CHUNK = 256
 """Candidates that are read and scored together: a fixed number, so that scores depend on nothing else."""
 
@@ -110,7 +111,7 @@ class StreamingSelection:
         self.pool, self.score, self.ipc = pool, score, ipc
         self.rule, self.factor, self.real = rule, factor, real
         self.keep_candidates, self.exact = keep_candidates, exact
-        identity = {"ipc": ipc, "exact": exact, "rule": rule, "factor": factor, **settings}
+        identity = {"format": FORMAT, "ipc": ipc, "exact": exact, "rule": rule, "factor": factor, **settings}
         self.directory = pool.directory / f"selected-{short_hash(identity)}"
         self.identity = identity
 

@@ -145,7 +145,7 @@ def _augment_and_mix(
 
 def augment(images: Tensor, protocol: Protocol, look: Look, factor: int, rng: np.random.Generator) -> Tensor:
     """Augments images (b, 3, s, s) in [0, 1], grids of factor x factor patches, before they are mixed."""
-    if factor > 1:
+    if factor > 1 and protocol.shuffle:
         images = shuffle_patches(images, factor, rng)
     scale = protocol.crop_scale(factor)
     if scale[0] < 1.0:  # of area one only the whole image fits

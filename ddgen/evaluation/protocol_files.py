@@ -28,6 +28,8 @@ def get_protocol(name: str) -> Protocol:
     if name.endswith((".yaml", ".yml")):
         return read_protocol(Path(name))
     if name.endswith(PLAIN) and name.removesuffix(PLAIN) in PROTOCOLS:
+        if PROTOCOLS[name.removesuffix(PLAIN)].labels == "views":
+            raise UserError(f"--protocols {name}: stored views are augmented already; take fixed-soft{PLAIN}")
         return PROTOCOLS[name.removesuffix(PLAIN)].without_augmentation()
     raise UserError(f"--protocols {name}: unknown; choose among {', '.join(PROTOCOLS)}, or give a .yaml file")
 

@@ -81,6 +81,7 @@ class Protocol:
         ema_decay: Per step, of the average of the weights that is scored; 0 scores the weights themselves.
         cutmix_alpha: CutMix boxes are drawn by Beta(alpha, alpha), one box a batch, every batch; 0 for none.
         min_crop: Smallest area of the random resized crop; None is 1 / factor, the whole image for uncomposed ones.
+        shuffle: Whether the patches of composed images are shuffled.
         flip: Whether images are mirrored at random.
         color_jitter: Strength of brightness, contrast and saturation jitter.
         lighting_std: Strength of the PCA lighting noise.
@@ -117,6 +118,7 @@ class Protocol:
     ema_decay: float = 0.0
     cutmix_alpha: float = 1.0
     min_crop: float | None = None
+    shuffle: bool = True
     flip: bool = True
     color_jitter: float = 0.0
     lighting_std: float = 0.0
@@ -208,6 +210,7 @@ class Protocol:
             title=f"{self.title}; without any augmentation",
             cutmix_alpha=0.0,
             min_crop=1.0,
+            shuffle=False,
             flip=False,
             color_jitter=0.0,
             lighting_std=0.0,
@@ -295,6 +298,8 @@ ECCV2024_TRACK1 = Protocol(
     step_factor=0.1,
     fresh_optimizer=True,
     cutmix_alpha=0.0,
+    min_crop=1.0,
+    shuffle=False,
     flip=False,  # mirroring is one of DSA's operations
     dsa=_DSA,
     normalization="dataset",

@@ -16,7 +16,7 @@ from ddgen.data import ImageDataset
 from ddgen.distill.views import StoredViews
 from ddgen.errors import UserError
 from ddgen.evaluation.batches import Batch, Look, TrainingImages, stored_views, stream, with_teachers
-from ddgen.evaluation.protocols import Protocol
+from ddgen.evaluation.protocols import STORED, Protocol
 from ddgen.evaluation.scoring import Scores, score, scored_epochs
 from ddgen.observer.networks import build_network, uses_channels_last
 from ddgen.precision import autocast
@@ -213,11 +213,14 @@ def check_views(views: StoredViews | None, protocol: Protocol, factor: int, flip
     if views is None:
         raise UserError(f"--protocols {protocol.name}: no stored views; make them with ddgen label")
     made = views.header.augmentation
+    cure = "run ddgen label --overwrite"
+    if protocol.augmentation(factor, flip) != STORED.augmentation(factor, flip):
+        cure = f"ddgen label makes views by the augmentation of {STORED.name} only"
     for name, value in protocol.augmentation(factor, flip).items():
         if made.get(name) != value:
             raise UserError(
                 f"--protocols {protocol.name}: the stored views were made with {name} {made.get(name)}, not {value};"
-                " run ddgen label --overwrite"
+                f" {cure}"
             )
     return views
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from ddgen.checkpoint import read_json
+from ddgen.checkpoint import DamagedJson, read_json
 from ddgen.errors import UserError
 
 PROVENANCE_NAME = "provenance.json"
@@ -140,8 +140,8 @@ def _json(path: Path) -> Mapping[str, Any]:
         return {}
     try:
         found = read_json(path)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"--run_dir: {path} is damaged ({error}); delete it, or make it again") from None
+    except DamagedJson as error:
+        raise UserError(f"--run_dir: {error}, or delete it") from None
     return found if isinstance(found, Mapping) else {}
 
 
