@@ -23,7 +23,7 @@ from ddgen.config import (
     parse,
 )
 from ddgen.errors import Stopped, UserError
-from ddgen.launch import start_asked_for_processes, stop_with_launcher
+from ddgen.launch import close_connection, start_asked_for_processes, stop_with_launcher
 
 COMMANDS: dict[str, tuple[type, str, str]] = {
     "train": (TrainConfig, "train:train", "train the observer, the autoencoder and the diffusion model"),
@@ -49,7 +49,10 @@ def run(command: str, argv: list[str] | None = None, prog: str | None = None) ->
         if argv is None:
             stop_with_launcher()
             start_asked_for_processes()
-        return _command(command)(config)
+        code = _command(command)(config)
+        if argv is None:
+            close_connection()
+        return code
     except UserError as error:
         return _complain(error)
     except OSError as error:
@@ -79,7 +82,10 @@ def main(argv: list[str] | None = None) -> int:
             start_asked_for_processes()
     except UserError as error:
         return _complain(error)
-    return run(args[0], args[1:])
+    code = run(args[0], args[1:])
+    if argv is None:
+        close_connection()
+    return code
 
 
 def _command(name: str) -> Callable[[Any], int]:

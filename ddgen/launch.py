@@ -38,6 +38,13 @@ def stop_with_launcher() -> None:
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
+def close_connection() -> None:
+    """Ends the exchange between processes, if there was one: who exits with it open may abort (seen with torch 2.11)."""
+    torch = sys.modules.get("torch")  # not imported by commands that compute nothing
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def asked_for_cpu() -> bool:
     """Whether this process was started with ``accelerate launch --cpu``."""
     return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")

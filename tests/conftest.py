@@ -1,4 +1,4 @@
-"""What all tests share: an own cache, one thread, no hub, accelerate's process-wide state fresh in every test."""
+"""What all tests share: an own cache, one thread, float32, no hub, accelerate's state fresh in every test."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
+from ddgen import precision
+
 torch.set_num_threads(1)
 
 
@@ -19,6 +21,15 @@ torch.set_num_threads(1)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     patch = pytest.MonkeyPatch()
     patch.setenv("DDGEN_CACHE", str(tmp_path_factory.mktemp("cache")))
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _float32_unless_asked() -> Iterator[None]:
+    """So that tests compute the same on processors with and without fast bf16."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(precision, "fast_bf16", lambda device: False)
     yield
     patch.undo()
 

@@ -291,7 +291,7 @@ def test_the_report_by_hand() -> None:
     }
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     lines = report.lines()
-    assert lines[0].startswith("selection middle") and lines[-1].strip().startswith("2 of each class")
+    assert lines[0].startswith("selection middle") and lines[-1].strip().startswith("2 kept of each class")
     assert [line.split()[-4:] for line in lines[1:2]] == [["0.850", "50.0%", "2.00", "100.0%"]]
     assert len({len(line) for line in lines[:-1]}) == 1
 

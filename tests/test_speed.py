@@ -215,3 +215,12 @@ def test_peak_memory_is_what_the_kernel_says() -> None:
     number, unit, *_ = hardware.peak_memory(CPU).split()
     kibibytes = int(re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[0])
     assert float(number) * {"MiB": 1024, "GiB": 1024**2}[unit] == pytest.approx(kibibytes, rel=0.05)
+
+
+@pytest.mark.parametrize(("amx", "avx512", "expected"), [(0, 0, False), (1, 0, True), (0, 1, True)])
+def test_a_cpu_is_fast_at_bf16_that_has_instructions_for_it(
+    amx: int, avx512: int, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: bool(amx))
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bool(avx512))
+    assert fast_bf16(torch.device("cpu")) is expected

@@ -53,7 +53,6 @@ def evaluate(config: EvaluateConfig) -> int:
         accelerator, precision = start_accelerator(config.mixed_precision)
         try:
             _evaluate(config, ranking, accelerator, precision)
-            accelerator.end_training()  # a process that ends with the connection open may crash the others
         except Stopped as stopped:
             if not accelerator.is_main_process:
                 return 128 + stopped.signal_number  # the main process says it

@@ -66,7 +66,6 @@ def sample(config: SampleConfig) -> int:
             accelerator.print(str(stopped))
             accelerator.end_training()
             return 128 + stopped.signal_number
-        accelerator.end_training()
     return 0
 
 
