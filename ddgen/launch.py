@@ -39,7 +39,7 @@ def stop_with_launcher() -> None:
 
 
 def close_connection() -> None:
-    """Ends the exchange between processes, if there was one: who exits with it open may abort (seen with torch 2.11)."""
+    """Ends the exchange between processes, if there was one: who exits with it open may abort (seen in torch 2.11)."""
     torch = sys.modules.get("torch")  # not imported by commands that compute nothing
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -30,6 +30,7 @@ from ddgen.diffusion.samplers import Schedule
 from ddgen.diffusion.training import train_diffusion
 from ddgen.diffusion.unet import build_unet
 from ddgen.hardware import peak_flops, readable_flops
+from ddgen.precision import fast_bf16
 
 CPU = torch.device("cpu")
 CONFIG = DenoiserConfig(preset="xs", unet_channels=(32, 32), unet_layers_per_block=1)
