@@ -56,7 +56,7 @@ from ddgen.evaluation.cells import bytes_of, digest
 from ddgen.evaluation.protocols import RDED
 from ddgen.evaluation.students import IMAGENET_LOOK, Job, train_student
 from ddgen.evaluation.teacher_epoch import student_network
-from ddgen.launch import start_asked_for_processes
+from ddgen.launch import close_connection, start_asked_for_processes
 from ddgen.observer.epochs import epoch_dir, list_epochs
 from ddgen.observer.observer import Observer
 from ddgen.observer.realism import RealismScores, real_class_scores, realism_scores
@@ -367,7 +367,7 @@ def main(argv: list[str] | None = None) -> int:
             start_asked_for_processes()
         accelerator, precision = start_accelerator(None)
         code = run(Study(settings, accelerator, precision))
-        accelerator.end_training()
+        close_connection()
         return code
     except UserError as error:
         print(f"study: {error}", file=sys.stderr)

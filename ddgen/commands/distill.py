@@ -29,7 +29,7 @@ from ddgen.config import DataConfig, DistillConfig
 from ddgen.data import ImageDataset
 from ddgen.distill.dataset import DistilledDataset
 from ddgen.distill.rded import CropPlan, plan_crops, rank_class
-from ddgen.distill.relabel import describe_teachers, relabel, soft_labels
+from ddgen.distill.relabel import describe_teachers, label_ranked
 from ddgen.distill.selection_report import ClassReport, SelectionReport, compared_classes, report_class
 from ddgen.errors import UserError
 from ddgen.observer.observer import Observer
@@ -67,8 +67,9 @@ def distill(config: DistillConfig) -> int:
     started = time.perf_counter()
     kept = _keep(config, dataset, observers[0], members, plans, accelerator.device, precision)
     report = SelectionReport(config.selection, dataset.class_names, [one.report for one in kept])
-    labelled_by = (observers[0], teachers)
-    distilled = _distilled(config, dataset, *labelled_by, kept, report, crops, accelerator.device, precision)
+    distilled = _distilled(
+        config, dataset, observers[0], teachers, kept, report, crops, accelerator.device, precision
+    )  # fmt: skip
     seconds = {"cropping, ranking and relabelling": time.perf_counter() - started}
     distilled.provenance.update(seconds=seconds, made_with=made_with(accelerator, precision))
     distilled.save(output_dir, overwrite=config.overwrite, selection_png=report.draw())
@@ -205,13 +206,13 @@ def _distilled(
     precision: str,
 ) -> DistilledDataset:
     """Relabels the images as they now are: grids are other images than the crops that were ranked."""
-    pixels, temperature = torch.cat([one.pixels for one in kept]), config.soft_label_temperature
+    pixels = torch.cat([one.pixels for one in kept])
     labels = torch.arange(dataset.num_classes).repeat_interleave(config.ipc)
     scores = realism_scores(observer, pixels, labels, batch_size=256, device=device, precision=precision)
-    if [teacher.fingerprint for teacher in teachers] == [observer.fingerprint]:  # it has said already what it sees
-        soft = soft_labels(scores.logits, temperature)
-    else:
-        soft = relabel(teachers, pixels, temperature=temperature, batch_size=256, device=device, precision=precision)
+    soft = label_ranked(
+        observer, scores.logits, teachers, pixels, temperature=config.soft_label_temperature, batch_size=256,
+        device=device, precision=precision,
+    )  # fmt: skip
     return DistilledDataset(
         pixels=pixels,
         labels=labels,

@@ -15,7 +15,7 @@ from ddgen.config import SampleConfig
 from ddgen.diffusion.foreign import ForeignGenerator
 from ddgen.distill.dataset import DistilledDataset
 from ddgen.distill.pool import CandidateSource
-from ddgen.distill.relabel import describe_teachers, relabel, soft_labels
+from ddgen.distill.relabel import describe_teachers, label_ranked
 from ddgen.distill.selection_report import SelectionReport
 from ddgen.distill.streaming import SelectedClass, rejections
 from ddgen.observer.inference import batch_size_of
@@ -88,11 +88,11 @@ def label_kept(
     precision: str,
 ) -> Tensor:
     """Returns the soft labels that the teachers give to what all classes keep, float16 (n, k)."""
-    temperature = config.soft_label_temperature
-    if [teacher.fingerprint for teacher in teachers] == [observer.fingerprint]:  # it has said already what it sees
-        return soft_labels(torch.cat([found.logits for found in classes]), temperature)
-    pixels, batch_size = torch.cat([found.pixels for found in classes]), batch_size_of(device)
-    return relabel(teachers, pixels, temperature=temperature, batch_size=batch_size, device=device, precision=precision)
+    logits, pixels = (torch.cat([getattr(found, name) for found in classes]) for name in ("logits", "pixels"))
+    return label_ranked(
+        observer, logits, teachers, pixels, temperature=config.soft_label_temperature,
+        batch_size=batch_size_of(device), device=device, precision=precision,
+    )  # fmt: skip
 
 
 def random_generated(classes: Sequence[SelectedClass], labels: Tensor) -> dict[str, Tensor]:

@@ -75,6 +75,32 @@ def relabel(
     return soft_labels(ensemble_logits(logits, temperature), temperature)
 
 
+def label_ranked(
+    observer: Observer,
+    logits: Tensor,
+    teachers: Sequence[Observer],
+    pixels: Tensor,
+    *,
+    temperature: float,
+    batch_size: int,
+    device: torch.device,
+    precision: str,
+) -> Tensor:
+    """Labels images that an observer has looked at: where it labels alone, by what it said of them.
+
+    Args:
+        observer: What ranked the images.
+        logits: What it said of them, (n, k).
+        teachers, pixels, temperature, batch_size, device, precision: See `relabel`.
+
+    Returns:
+        Probabilities float16 (n, k).
+    """
+    if [teacher.fingerprint for teacher in teachers] == [observer.fingerprint]:
+        return soft_labels(logits, temperature)
+    return relabel(teachers, pixels, temperature=temperature, batch_size=batch_size, device=device, precision=precision)
+
+
 def describe_teachers(teachers: Sequence[Observer]) -> str:
     """Returns the observers in a line of a card: names and accuracies on real held-out images."""
     named = [
